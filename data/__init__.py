@@ -1,0 +1,92 @@
+"""Finds a domain: by the name of a file in this folder, or made on the spot from a user's own file."""
+
+import importlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+HERE = Path(__file__).parent
+NAMES = sorted(p.stem for p in HERE.glob("*.py") if p.stem != "__init__")
+
+
+def get(name, lines=False):
+    """The domain `name`: one of NAMES, or the path of a file: UTF-8 text, one sequence a line with `lines`,
+    or a .npy of integers [N, L]. Raises ValueError, in one line, for a file that cannot be used."""
+    if name in NAMES:
+        return importlib.import_module(f"data.{name}")
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(f"--data {name}: no such file, and not one of {', '.join(NAMES)}")
+    if path.suffix == ".npy":
+        return from_tokens(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"--data {name}: not UTF-8 text, expected a text file or a .npy of integers") from None
+    return from_lines(path, text) if lines else from_text(path, text)
+
+
+def from_vocab(vocab, length, name, end=None):
+    """A domain that is only a vocabulary: all that sampling needs of a user's own data."""
+    index = {token: i for i, token in enumerate(vocab)}
+    join = "" if all(len(token) == 1 or token == end for token in vocab) else " "
+
+    def encode(string):
+        return [index[token] for token in (string if join == "" else string.split())]
+
+    def decode(tokens):
+        tokens = [vocab[i] for i in tokens]
+        return join.join(tokens[: tokens.index(end)] if end in tokens else tokens)
+
+    return SimpleNamespace(
+        __name__=name, vocab=vocab, length=length, end=end, encode=encode, decode=decode, score=lambda *_: {}
+    )
+
+
+def from_text(path, text, length=128):
+    if len(text) < 20 * length:  # the last tenth must hold at least one window, and be more than one
+        raise ValueError(f"--data {path}: {len(text)} characters, expected at least {20 * length}")
+    domain = from_vocab(sorted(set(text)), length, path.stem)
+    stream = np.array(domain.encode(text), dtype=np.int32)
+    domain.load = lambda: (stream[: len(stream) * 9 // 10], stream[len(stream) * 9 // 10 :])
+    return domain
+
+
+def split(rows):
+    """Rows [N, L] -> (train, val), a tenth of them for val, shuffled first, because files are often sorted."""
+    rows = rows[np.random.default_rng(0).permutation(len(rows))]
+    cut = len(rows) - max(1, len(rows) // 10)
+    return rows[:cut], rows[cut:]
+
+
+def from_lines(path, text, end="<end>"):
+    lines = [line for line in text.splitlines() if line]
+    if len(lines) < 2:
+        raise ValueError(f"--data {path}: {len(lines)} lines that are not empty, expected at least 2")
+    length = max(map(len, lines)) + 1  # room for the end token, which also pads, and is predicted like any other
+    domain = from_vocab(sorted(set("".join(lines))) + [end], length, path.stem, end)
+    rows = np.full((len(lines), length), len(domain.vocab) - 1, dtype=np.int32)
+    for row, line in zip(rows, lines):
+        row[: len(line)] = domain.encode(line)
+    domain.load = lambda: split(rows)
+    return domain
+
+
+def from_tokens(path):
+    try:
+        rows = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError):
+        raise ValueError(f"--data {path}: not an .npy file, or a damaged one") from None
+    if rows.ndim != 2 or rows.dtype.kind not in "iu" or len(rows) < 2 or rows.shape[1] < 1 or rows.min() < 0:
+        raise ValueError(f"--data {path}: {rows.dtype} {rows.shape}, expected integers of 0 or more, [N >= 2, L]")
+    domain = from_vocab([str(i) for i in range(int(rows.max()) + 1)], rows.shape[1], path.stem)
+    domain.load = lambda: split(rows)
+    return domain
+
+
+def from_info(info):
+    """The domain that a model was trained on, from what the model file remembers: no data file is needed."""
+    if info["data"] in NAMES:
+        return get(info["data"])
+    return from_vocab(info["vocab"], info["length"], info["data"], info["end"])

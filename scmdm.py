@@ -1,0 +1,449 @@
+"""Self-Conditioned Masked Diffusion Models (SCMDM): the method, whole, in one file.
+
+A masked diffusion model writes a sequence by starting from nothing but [MASK] and revealing tokens
+over a number of steps. At each step it predicts every token, keeps the few that are revealed, and
+throws the other predictions away: a position that stays masked is inferred again from nothing.
+SCMDM (Cardei, Ta & Fioretto 2026, arXiv 2604.26985) feeds those predictions back. It takes a
+pretrained model, adds one matrix, and trains a little longer. Sampling needs no extra calls.
+
+Read from top to bottom:
+    1. the schedule         how much is masked at time t
+    2. the forward process  clean tokens -> masked tokens
+    3. the self-conditioning adapter, and the Transformer that carries it
+    4. the loss             what training minimises, and where SCMDM differs
+    5. the sampler          masked tokens -> clean tokens
+    6. save and load        one .npz, which any framework with numpy can read
+
+One convention for time, everywhere: t = 0 is clean, t = 1 is all masked, and s < t is the next,
+cleaner time. Shapes: B sequences, L positions, V tokens, D model dimensions. Tokens are 0..V-1 and
+the mask is V (`mask_id`): the model has an embedding for the mask but no logit, so it can never
+predict one.
+"""
+
+import copy
+import json
+import math
+import os
+import tempfile
+import zipfile
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+T_MIN = 1e-3  # the loss has a weight of 1/t: below this floor it would be all variance (bias < 1e-3)
+
+# ---------------------------------------------------------------------------------------------
+# 1. The schedule
+# ---------------------------------------------------------------------------------------------
+
+
+class Schedule(NamedTuple):
+    """The two functions that are a noise schedule; both take and return a tensor of times in [0, 1]."""
+
+    alpha: callable  # probability that a token is still visible at t: falls from alpha(0)=1 to alpha(1)=0
+    dalpha: callable  # its derivative in t
+
+
+LINEAR = Schedule(lambda t: 1 - t, lambda t: -torch.ones_like(t))  # MDLM's "log-linear"
+COSINE = Schedule(  # MD4's and MaskGIT's: reveals few tokens at first, when little is known
+    lambda t: 1 - torch.cos(math.pi / 2 * (1 - t)),
+    lambda t: -math.pi / 2 * torch.sin(math.pi / 2 * (1 - t)),
+)
+
+def unmask_prob(s, t, schedule=LINEAR):
+    """Probability that a position masked at t is revealed by s < t. No token is lost on the way: it depends on alpha alone."""
+    return (schedule.alpha(s) - schedule.alpha(t)) / (1 - schedule.alpha(t))
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. The forward process
+# ---------------------------------------------------------------------------------------------
+
+
+def uniform(shape, device, generator=None):
+    """Uniform numbers in [0, 1): the only source of randomness in this file, so that a port can replay it.
+
+    In float64, because float32 has only 2**24 values below 1 and rare tokens would be starved
+    (Zheng et al. 2024, arXiv 2409.02908). Apple's mps has no float64 and makes do with float32.
+    """
+    dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+    return torch.rand(shape, dtype=dtype, device=device, generator=generator)
+
+
+def q_sample(x0, t, mask_id, *, frozen=None, schedule=LINEAR, generator=None):
+    """Draw xt from q(xt | x0): each token is kept with probability alpha(t), else it becomes the mask.
+
+    x0 [B, L] integer tokens; t a number or [B], one time a sequence; frozen [B, L] bool, positions
+    that are never masked. Returns xt [B, L]. With one generator state, the masks are nested in t.
+    """
+    u = uniform(x0.shape, x0.device, generator)  # [B, L]
+    t = torch.as_tensor(t, dtype=u.dtype, device=u.device).reshape(-1, 1)  # [B, 1] or [1, 1]
+    move = u < 1 - schedule.alpha(t)  # [B, L]
+    if frozen is not None:
+        move = move & ~frozen
+    return torch.where(move, mask_id, x0)
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. The denoiser
+# ---------------------------------------------------------------------------------------------
+
+
+class SelfConditioning(nn.Module):
+    """The whole of what SCMDM adds to a model: one D x D matrix, W, with no bias.
+
+        h = E[xt] + 1[xt is MASK] * W (x0_prev @ E)
+
+    The previous prediction x0_prev, a distribution over tokens, becomes the mean embedding of those
+    tokens, and W says how to mix it in. W starts at zero, so the adapted model is exactly the
+    pretrained one until it is trained. A visible position gets nothing: its token is known.
+
+    embedding is the model's own nn.Embedding, of at least V rows; it stays the model's (it is not
+    among this module's parameters). Works with any model: add the result to its token embeddings.
+    """
+
+    def __init__(self, embedding, mask_id):
+        super().__init__()
+        self.shared = (embedding,)  # in a tuple, so that it is not registered, and saved, twice
+        self.mask_id = mask_id
+        dim = embedding.embedding_dim
+        self.W = nn.Parameter(embedding.weight.new_zeros(dim, dim))
+
+    def forward(self, xt, x0_prev=None):
+        """xt [B, L]; x0_prev [B, L, V] probabilities, all zero (or None) for no signal -> [B, L, D]."""
+        E = self.shared[0].weight  # [V+1, D]
+        if x0_prev is None:
+            return E.new_zeros(*xt.shape, E.shape[1])
+        V = x0_prev.shape[-1]
+        # W (p @ E) = p @ (E W^T): multiplying the two matrices first costs V*D*D, and not B*L*D*D
+        h = x0_prev.to(E.dtype) @ (E[:V] @ self.W.T)  # [B, L, D]
+        return torch.where((xt == self.mask_id)[..., None], h, 0)
+
+
+@dataclass
+class Config:
+    """What a Transformer is. Raises ValueError for a size that cannot be."""
+
+    vocab_size: int  # V, without the mask
+    length: int  # the longest sequence, in tokens
+    dim: int = 128
+    depth: int = 4
+    heads: int = 4
+    causal: bool = False  # True: an autoregressive model (the judge), else a denoiser that sees all positions
+    self_conditioning: bool = False
+
+    def __post_init__(self):
+        for name in ("vocab_size", "length", "dim", "depth", "heads"):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= 10**7:
+                raise ValueError(f"Config.{name} is {value!r}, expected a whole number from 1 to 10**7")
+        if self.dim % (2 * self.heads):
+            raise ValueError(f"Config.dim is {self.dim}, expected a multiple of 2 * heads = {2 * self.heads}")
+
+
+def rotate(x):
+    """Rotary positions (Su et al. 2021): turn each pair of features of x [B, H, L, K] by angle position * frequency."""
+    L, K = x.shape[-2:]
+    frequency = 10000 ** (-torch.arange(0, K, 2, device=x.device) / K)  # [K/2]
+    angle = torch.arange(L, device=x.device)[:, None] * frequency  # [L, K/2]
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x.chunk(2, dim=-1)  # feature i is paired with feature i + K/2
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config):
+        super().__init__()
+        D = config.dim
+        self.heads, self.causal = config.heads, config.causal
+        self.norm1, self.norm2 = nn.LayerNorm(D, bias=False), nn.LayerNorm(D, bias=False)
+        self.qkv = nn.Linear(D, 3 * D, bias=False)
+        self.out = nn.Linear(D, D, bias=False)
+        self.up = nn.Linear(D, 4 * D, bias=False)
+        self.down = nn.Linear(4 * D, D, bias=False)
+
+    def forward(self, h):
+        B, L, D = h.shape
+        qkv = self.qkv(self.norm1(h)).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv  # each [B, H, L, K], K = D / H
+        a = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=self.causal)
+        h = h + self.out(a.transpose(1, 2).reshape(B, L, D))
+        return h + self.down(F.gelu(self.up(self.norm2(h)), approximate="tanh"))
+
+
+class Transformer(nn.Module):
+    """The denoiser f(xt, x0_prev) -> logits: a plain bidirectional Transformer with V logits, none for the mask.
+
+    It has no time input. For absorbing diffusion the distribution of the clean tokens given xt does
+    not depend on t: xt already shows what is masked (Ou et al. 2024, RADD, arXiv 2406.03736).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.mask_id = config.vocab_size
+        self.info = {}  # whatever `save` was told about the model
+        self.embed = nn.Embedding(config.vocab_size + 1, config.dim)  # the last row is the mask
+        self.self_conditioning = SelfConditioning(self.embed, self.mask_id) if config.self_conditioning else None
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
+        self.norm = nn.LayerNorm(config.dim, bias=False)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        for name, p in self.named_parameters():
+            if p.ndim == 2 and "self_conditioning" not in name:
+                # GPT-2's initialisation: what is added to the residual stream is scaled by the number of additions
+                residual = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.depth) if residual else 0.02)
+
+    def forward(self, xt, x0_prev=None):
+        """xt [B, L] tokens or mask; x0_prev [B, L, V] or None -> logits [B, L, V] of the clean tokens.
+
+        A vanilla model ignores x0_prev. Raises ValueError if L is more than config.length.
+        """
+        if xt.shape[1] > self.config.length:
+            raise ValueError(f"xt has {xt.shape[1]} positions, expected at most config.length = {self.config.length}")
+        h = self.embed(xt)  # [B, L, D]
+        if self.self_conditioning is not None and x0_prev is not None:
+            h = h + self.self_conditioning(xt, x0_prev)
+        for block in self.blocks:
+            h = block(h)
+        return self.head(self.norm(h))  # [B, L, V]
+
+
+def add_self_conditioning(model):
+    """A copy of a pretrained vanilla Transformer with the adapter in it: equal to it, exactly, until it is trained."""
+    if model.config.self_conditioning or model.config.causal:
+        raise ValueError(f"add_self_conditioning got {model.config}, expected a vanilla, bidirectional model")
+    model = copy.deepcopy(model)
+    model.config.self_conditioning = True
+    model.self_conditioning = SelfConditioning(model.embed, model.mask_id)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. The loss
+# ---------------------------------------------------------------------------------------------
+
+
+def without_mask(logits, mask_id):
+    """logits [B, L, V] in float32, and if the mask is one of the V tokens (as in BERT), never the mask."""
+    logits = logits.float()
+    if mask_id < logits.shape[-1]:
+        logits = logits.index_fill(-1, torch.tensor(mask_id, device=logits.device), -math.inf)
+    return logits
+
+
+def diffusion_loss(
+    denoiser, x0, mask_id, *, self_cond_rate=1.0, frozen=None, schedule=LINEAR, generator=None, t=None
+):
+    """Estimate of the continuous-time NELBO, an upper bound of -log p(x0), of each sequence. [B], nats a sequence.
+
+        E_t [ -alpha'(t) / (1 - alpha(t)) * sum over masked i of -log p(x0_i | xt, x0_prev) ]
+
+    denoiser: any callable (xt [B, L], x0_prev [B, L, V] or None) -> logits [B, L, V]; x0 [B, L] tokens.
+    self_cond_rate: the probability, for each sequence, that the denoiser is given its own first
+    prediction: 1 is SCMDM, 0.5 the habit when training from scratch, 0 vanilla training.
+    frozen [B, L] bool: positions never masked and never scored. t [B]: the times, if not to be drawn.
+    The weight is that of MD4 (Shi et al. 2024, arXiv 2406.04329) and MDLM (Sahoo et al. 2024, arXiv
+    2406.07524), 1/t for the linear schedule: at small t few tokens are masked, and each stands for
+    many. The value does not depend on the schedule. Raises ValueError if self_cond_rate is outside [0, 1].
+    """
+    if not 0 <= self_cond_rate <= 1:
+        raise ValueError(f"self_cond_rate is {self_cond_rate}, expected a number from 0 to 1")
+    B, L = x0.shape
+
+    # 1. One time a sequence. Antithetic: one draw, spread evenly over the batch, for a calmer loss.
+    if t is None:
+        u = uniform((1,), x0.device, generator)
+        t = (u + torch.arange(B, device=x0.device, dtype=u.dtype) / B) % 1  # [B]
+    t = t.clamp(min=T_MIN)
+
+    # 2. Mask.
+    xt = q_sample(x0, t, mask_id, frozen=frozen, schedule=schedule, generator=generator)  # [B, L]
+
+    # 3. Pass 1, the method: the model's own prediction from xt alone becomes the signal. No gradient
+    #    goes through it, or the model would shape pass 1 to help pass 2 and no longer to estimate x0.
+    given = uniform((B,), x0.device, generator) < self_cond_rate  # [B]
+    x0_prev = None
+    if self_cond_rate > 0:
+        with torch.no_grad():
+            x0_prev = without_mask(denoiser(xt, None), mask_id).softmax(-1)  # [B, L, V]
+            x0_prev = torch.where(given[:, None, None], x0_prev, 0)  # all zero: no signal
+        torch.clear_autocast_cache()  # else pass 2 would reuse pass 1's casts of the weights, which carry no gradient
+
+    # 4. Pass 2, at the same xt and t: score the masked positions, weigh by time.
+    logits = without_mask(denoiser(xt, x0_prev), mask_id)  # [B, L, V]
+    nll = F.cross_entropy(logits.flatten(0, 1), x0.flatten().long(), reduction="none").view(B, L)
+    nll = torch.where(xt == mask_id, nll, 0).sum(1)  # [B]
+    weight = -schedule.dalpha(t) / (1 - schedule.alpha(t))  # [B]
+    return weight.to(nll.dtype) * nll
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. The sampler
+# ---------------------------------------------------------------------------------------------
+
+
+def draw(probs, u):
+    """Draw a token for each row of probs [..., V], by the uniforms u [...]: the first whose cumulative sum passes u."""
+    cdf = probs.cumsum(-1)
+    return (cdf > u[..., None] * cdf[..., -1:]).int().argmax(-1)
+
+
+def shape_probs(logits, temperature, top_p):
+    """The distribution tokens are drawn from: softmax(logits / temperature), cut to the smallest nucleus of mass top_p."""
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+    # subtracting the largest first keeps logits / temperature finite
+    probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    if top_p < 1:
+        p, token = probs.sort(-1, descending=True, stable=True)
+        keep = p.cumsum(-1) - p < top_p  # while the mass of the more likely ones is still too little
+        probs = torch.zeros_like(probs).scatter(-1, token, torch.where(keep, p, 0))
+    return probs
+
+
+@torch.no_grad()
+def sample(
+    denoiser,
+    x,
+    mask_id,
+    steps,
+    *,
+    temperature=1.0,
+    top_p=1.0,
+    order="random",
+    schedule=LINEAR,
+    generator=None,
+    on_step=None,
+):
+    """Fill every mask of the canvas x [B, L] in exactly `steps` calls of the denoiser; returns [B, L].
+
+    x holds mask_id where tokens are wanted and known tokens elsewhere, which come back as they are:
+    prompts, suffixes and infilling are all just canvases. Call k is given the prediction of call
+    k-1, and call 0 none. The prediction is fed back as it is, whatever the temperature and top_p.
+
+    order: "random" follows the diffusion process; "confidence" reveals as many as the schedule
+    expects, those whose drawn token has the highest probability first (MaskGIT, arXiv 2202.04200).
+    on_step(step, x, x0_prev): called after each call with the new state and the prediction behind it.
+    Raises ValueError for steps < 1, temperature < 0, top_p outside (0, 1] or an unknown order.
+    """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, expected 1 or more")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}, expected 0 or more")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}, expected more than 0 and at most 1")
+    if order not in ("random", "confidence"):
+        raise ValueError(f"order is {order!r}, expected 'random' or 'confidence'")
+
+    wanted = (x == mask_id).sum(1, keepdim=True)  # [B, 1] masks in the canvas
+    x0_prev = None
+    for step in range(steps):
+        # The signal changes at every call, so the call is made even if no token has changed.
+        logits = without_mask(denoiser(x, x0_prev), mask_id)  # [B, L, V]
+        x0_prev = logits.softmax(-1)  # [B, L, V]: what the next call is given
+
+        u_reveal = uniform(x.shape, x.device, generator)  # [B, L]
+        u_token = uniform(x.shape, x.device, generator)  # [B, L]
+        t = torch.tensor(1 - step / steps, dtype=u_token.dtype, device=x.device)
+        s = torch.tensor(1 - (step + 1) / steps, dtype=u_token.dtype, device=x.device)
+        masked = x == mask_id  # [B, L]
+
+        # Which token, and whether it is revealed, are two separate draws in float64: one draw over
+        # {tokens, mask} in float32 would starve rare tokens. At s = 0 every mask is revealed.
+        probs = shape_probs(logits.to(u_token.dtype), temperature, top_p)
+        token = draw(probs, u_token)  # [B, L]
+        if order == "random":
+            reveal = u_reveal < unmask_prob(s, t, schedule)  # [B, L]
+        else:
+            confidence = probs.gather(-1, token[..., None])[..., 0].masked_fill(~masked, -1)
+            rank = confidence.argsort(-1, descending=True, stable=True).argsort(-1)  # 0 = most confident
+            left = ((1 - schedule.alpha(s)) * wanted).round()  # [B, 1] masks that the schedule leaves at s
+            reveal = rank < masked.sum(1, keepdim=True) - left
+        x = torch.where(masked & reveal, token.to(x.dtype), x)
+        if on_step is not None:
+            on_step(step, x, x0_prev)
+    return x
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. Save and load
+# ---------------------------------------------------------------------------------------------
+
+
+def save_arrays(path, arrays, header):
+    """Write named arrays and one JSON header to an .npz. A crash at any byte leaves an older file whole."""
+    path = os.fspath(path)
+    text = np.array(json.dumps(header, ensure_ascii=False))
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=os.path.basename(path) + ".")
+    try:
+        with os.fdopen(handle, "wb") as f:
+            np.savez(f, header=text, **arrays)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load_arrays(path):
+    """Read what save_arrays wrote -> (arrays, header). Never unpickles. Raises ValueError if it is anything else."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        header = json.loads(str(arrays.pop("header")))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (OSError, ValueError, KeyError, EOFError, AttributeError, MemoryError, zipfile.BadZipFile) as e:
+        raise ValueError(f"{path}: not a model file, or a damaged one ({type(e).__name__})") from None
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError(f"{path}: array {name} has a value that is not finite")
+    return arrays, header
+
+
+def save(path, model, **info):
+    """Write a Transformer and whatever is to be remembered of it (`info`: JSON values) to one .npz.
+
+    One array a parameter, under its PyTorch name and in its own precision (bfloat16, which numpy
+    lacks, as float32; model.half() makes a small file), and `header`, a JSON string: config and info.
+    """
+    arrays = {}
+    for name, p in model.state_dict().items():
+        arrays[name] = (p.float() if p.dtype == torch.bfloat16 else p).cpu().numpy()
+    save_arrays(path, arrays, {"config": asdict(model.config), "info": info})
+
+
+def load(path, device="cpu"):
+    """Read a Transformer from an .npz, in float32; model.info is what `save` was given.
+
+    Raises ValueError, in one line, for a file that is missing, damaged, not one of ours, or whose
+    arrays are not those of its config.
+    """
+    arrays, header = load_arrays(path)
+    try:
+        config, info = Config(**header["config"]), dict(header["info"])
+        if config.depth > len(arrays):  # so that a hostile depth builds nothing
+            raise ValueError(f"depth is {config.depth}, with {len(arrays)} arrays")
+        with torch.device("meta"):  # shapes only: nothing is allocated until they have been compared
+            model = Transformer(config)
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path}: not a model file ({type(e).__name__}: {e})") from None
+    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    for name in sorted(expected.keys() | arrays.keys()):
+        found = arrays[name].shape if name in arrays else None
+        if found != expected.get(name) or arrays[name].dtype.kind != "f":
+            kind = arrays[name].dtype if name in arrays else "nothing"
+            raise ValueError(f"{path}: array {name} is {kind} {found}, expected floats {expected.get(name)}")
+    model.load_state_dict({name: torch.tensor(a, dtype=torch.float32) for name, a in arrays.items()}, assign=True)
+    if config.self_conditioning:  # the adapter shares the model's embedding, which was just replaced
+        model.self_conditioning.shared = (model.embed,)
+    model.info = info
+    return model.requires_grad_().to(device)

@@ -1,0 +1,371 @@
+"""Train: pretrain a base, adapt it with self-conditioning (the main job), or train the judge.
+
+    python train.py                          adapt the shipped text model, print vanilla against SCMDM
+    python train.py --stage pretrain         the vanilla masked diffusion model everything starts from
+    python train.py --stage judge            an autoregressive model, for generative perplexity
+    torchrun --nproc_per_node=8 train.py     any of these, over several GPUs or processes
+
+This file is optimisation and nothing else: the method is in scmdm.py, the measures in sample.py.
+"""
+
+import argparse
+import copy
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import data
+from sample import clock, evaluate, fail, find_model, judge_nll, pick_device, print_table, run, windows
+from scmdm import (
+    Config,
+    Transformer,
+    add_self_conditioning,
+    diffusion_loss,
+    load,
+    load_arrays,
+    save,
+    save_arrays,
+)
+
+# What each stage does by default, and why.
+STEPS = {
+    "pretrain": 12000,  # text: an hour on two cores; the validation bound still falls slowly at its end
+    "adapt": 1000,  # the main job, with its table, in under ten minutes on two cores
+    "judge": 5000,  # a causal model learns from every position at once, and begins to overfit after this
+}
+LR = {
+    "pretrain": 2e-3,  # small models like large steps
+    "adapt": 1e-3,  # lower: the base is already good, and the new matrix starts at zero
+    "judge": 2e-3,
+}
+ARMS = {  # name of the row: (self-conditioning rate, None for the base as it is; file)
+    "vanilla": (None, "base"),
+    "vanilla, trained on": (0.0, "continued"),
+    "SCMDM rate 0.5": (0.5, "partial"),
+    "SCMDM rate 1": (1.0, "scmdm"),
+}
+
+
+def parse():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = fail
+    a = p.add_argument
+    a("--stage", choices=STEPS, default="adapt", help="what to train (default: adapt)")
+    a("--data", default="text", help=f"one of {', '.join(data.NAMES)}, or a file: UTF-8 text, or .npy [N, L]")
+    a("--lines", action="store_true", help="the file is one sequence a line, not one long text")
+    a("--arms", choices=("two", "all"), default="two", help="adapt: rate 1 alone, or also the controls (default: two)")
+    a("--self-cond-rate", type=float, help="adapt: train this rate alone; 1 is the method, 0 is the control")
+    a("--steps", type=int, help=f"optimiser steps (default: {', '.join(f'{v} to {k}' for k, v in STEPS.items())})")
+    a("--batch-size", type=int, default=32, help="sequences a step, over all processes (default: 32)")
+    a("--lr", type=float, help="peak learning rate (default: %s)" % ", ".join(f"{v:g} to {k}" for k, v in LR.items()))
+    a("--weight-decay", type=float, default=0.05, help="of the matrices; for small data (default: 0.05)")
+    a("--dim", type=int, default=128, help="pretrain, judge: width of the model (default: 128)")
+    a("--depth", type=int, default=4, help="pretrain, judge: blocks (default: 4)")
+    a("--heads", type=int, default=4, help="pretrain, judge: attention heads (default: 4)")
+    a("--seed", type=int, default=0, help="of weights, batches and noise (default: 0)")
+    a("--device", default="auto", help="auto, cpu, cuda or mps (default: auto, the fastest there is)")
+    a("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrix products (default: float32)")
+    a("--compile", action="store_true", help="torch.compile: a minute to start, a fifth faster; needs a C++ compiler")
+    a("--init", help="adapt: the base to start from (default: OUT/base.npz, else the one shipped in data/)")
+    a("--out", help="folder of the trained models (default: runs/NAME)")
+    a("--resume", action="store_true", help="go on from the state that an interrupted run left in OUT")
+    a("-n", type=int, default=32, help="adapt: sequences a seed in the table (default: 32)")
+    a("--eval-seeds", type=int, default=3, help="adapt: sampling seeds in the table; 0 for no table (default: 3)")
+    a("--eval-steps", type=int, nargs="+", default=[16, 64, 128], help="adapt: denoiser calls (default: 16 64 128)")
+    args = p.parse_args()
+    args.steps = STEPS[args.stage] if args.steps is None else args.steps
+    args.lr = LR[args.stage] if args.lr is None else args.lr
+    for name in ("steps", "batch_size", "n", *("dim", "depth", "heads")):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 1 or more")
+    if min(args.eval_steps) < 1:
+        fail(f"--eval-steps is {min(args.eval_steps)}, expected 1 or more")
+    if not 0 < args.lr < math.inf:
+        fail(f"--lr is {args.lr}, expected more than 0")
+    if not 0 <= args.weight_decay < math.inf:
+        fail(f"--weight-decay is {args.weight_decay}, expected 0 or more")
+    if not 0 <= args.seed < 2**31:
+        fail(f"--seed is {args.seed}, expected 0 to 2**31 - 1")
+    if args.eval_seeds < 0:
+        fail(f"--eval-seeds is {args.eval_seeds}, expected 0 or more")
+    if args.self_cond_rate is not None and not 0 <= args.self_cond_rate <= 1:
+        fail(f"--self-cond-rate is {args.self_cond_rate}, expected a number from 0 to 1")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------
+# One optimisation run
+# ---------------------------------------------------------------------------------------------
+
+
+def batch_of(train, length, size, generator):
+    """A random batch [size, length] of int64 tokens: windows of a stream [N], or rows of [N, L]."""
+    if train.ndim == 1:
+        start = torch.randint(len(train) - length + 1, (size,), generator=generator).numpy()
+        rows = train[start[:, None] + np.arange(length)]
+    else:
+        rows = train[torch.randint(len(train), (size,), generator=generator).numpy()]
+    return torch.from_numpy(rows.astype(np.int64))
+
+
+def optimise(model, loss_of, train, args, name, out):
+    """Minimise loss_of(model, x0 [B, L], generator) -> [B] nats a sequence. Returns the model's moving average.
+
+    AdamW, warm-up and cosine decay, gradient clipping. The randomness of step k is a function of
+    (seed, k, process) alone, so a resumed run is equal to one that was never stopped.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = next(model.parameters()).device
+    length = model.config.length
+    generators = torch.Generator(), torch.Generator(device)  # of batches (always on the CPU), of noise
+    average = copy.deepcopy(model).requires_grad_(False)
+    parameters, averages = dict(model.named_parameters()), list(average.parameters())
+    matrices = [p for n, p in parameters.items() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in parameters.items() if not (p.ndim == 2 and "embed" not in n)]
+    optimiser = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=args.lr,
+        betas=(0.9, 0.98),  # a short memory of squared gradients: the 1/t weight makes them uneven
+    )
+
+    # A state is a plain .npz too: for each parameter its value, its average and Adam's two moments.
+    state = out / f"{name}.state.npz"
+    run = {k: getattr(args, k) for k in ("stage", "data", "steps", "batch_size", "lr", "weight_decay", "seed", "dtype")}
+    run["processes"] = world
+    first = 0
+    if args.resume and state.exists():
+        arrays, header = load_arrays(state)
+        if header.get("run") != run:
+            raise ValueError(f"--resume: {state} is of {header.get('run')}, expected {run}")
+        first = header["step"]
+        for (n, p), e in zip(parameters.items(), averages):
+            p.data.copy_(torch.from_numpy(arrays["value/" + n]))
+            e.copy_(torch.from_numpy(arrays["average/" + n]))
+            optimiser.state[p] = {k: torch.from_numpy(arrays[f"{k}/{n}"]).to(p) for k in ("exp_avg", "exp_avg_sq")}
+            optimiser.state[p]["step"] = torch.tensor(float(first))
+        if rank == 0:
+            print(f"{name}: resumed at step {first}")
+
+    def save_state(step):
+        arrays = {}
+        for (n, p), e in zip(parameters.items(), averages):
+            arrays["value/" + n], arrays["average/" + n] = p.detach().cpu().numpy(), e.cpu().numpy()
+            for k in ("exp_avg", "exp_avg_sq"):
+                arrays[f"{k}/{n}"] = optimiser.state[p][k].cpu().numpy()
+        save_arrays(state, arrays, {"step": step, "run": run})
+
+    # ^C is heard between two steps, so that what is saved is the state after a whole one.
+    stopped = []
+    hear = signal.signal(signal.SIGINT, lambda *_: stopped.append(1) or signal.signal(signal.SIGINT, hear))
+
+    if args.compile:
+        model.compile()
+    warmup = max(1, min(args.steps // 20, 200))
+    running, began, last_line = None, time.time(), 0.0
+    for step in range(first, args.steps):
+        for g, kind in zip(generators, (0, 1)):
+            g.manual_seed(((args.seed * 2 + kind) << 32) + step * world + rank)
+        x0 = batch_of(train, length, args.batch_size // world, generators[0]).to(device)
+
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            loss = loss_of(model, x0, generators[1]).mean() / length  # nats a token
+        optimiser.zero_grad()
+        loss.backward()
+        if world > 1:  # the mean gradient over the processes, in one message
+            flat = torch.cat([p.grad.flatten() for p in parameters.values()])
+            dist.all_reduce(flat)
+            flat /= world
+            for p, g in zip(parameters.values(), flat.split([p.numel() for p in parameters.values()])):
+                p.grad.copy_(g.view_as(p))
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        if not torch.isfinite(norm):  # nothing has been changed yet: the state before this step is good
+            if first < step and rank == 0:
+                save_state(step)
+            raise ValueError(f"{name}: the loss or its gradient is {loss.item()} at step {step}; {state} holds the last good state")
+
+        lr = args.lr * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+        for group in optimiser.param_groups:
+            group["lr"] = lr
+        optimiser.step()
+        decay = min(0.999, (step + 1) / (step + 10))  # shorter at first, to forget where it started
+        torch._foreach_lerp_(averages, [p.detach() for p in parameters.values()], 1 - decay)
+
+        # One status line: the loss is a moving average, because that of one batch says little.
+        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+        done, now = step + 1 - first, time.time()
+        every = 0.5 if sys.stdout.isatty() else 20  # seconds; a log file needs fewer lines
+        if rank == 0 and (now - last_line > every or step + 1 == args.steps):
+            speed = done / (now - began)
+            print(
+                f"{name}  step {step + 1}/{args.steps}  loss {running:.4f} nats/token  {speed * args.batch_size * length:,.0f} tokens/s"
+                f"  {1000 / speed:.0f} ms/step  {clock((args.steps - step - 1) / speed)} left",
+                end="\r\033[K" if sys.stdout.isatty() and step + 1 < args.steps else "\n",
+                flush=True,
+            )
+            last_line = now
+        if rank == 0 and step + 1 < args.steps and ((step + 1) % 500 == 0 or stopped):
+            save_state(step + 1)
+        if stopped:
+            if rank == 0:
+                words = [w for w in sys.argv if w != "--resume"]
+                print(f"\nsaved {state}; go on with: python {shlex.join(words)} --resume")
+            sys.exit(130)
+    signal.signal(signal.SIGINT, hear)
+    return average
+
+
+# ---------------------------------------------------------------------------------------------
+# Validation
+# ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def validate(model, val, rate, seed=0, batch=64, bins=10):
+    """(NELBO in nats a token, [bins] of it by time) over the windows val [N, L], at rate 0 or 1.
+
+    The times are spread evenly, (i + u) / N, and shuffled over the windows; times, masks and windows
+    are the same for every model. The bound of a bin of times is the mean loss, in nats, of a masked token there.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    t = torch.from_numpy((rng.permutation(len(val)) + rng.random(len(val))) / len(val)).to(device)  # [N]
+    losses = []
+    for i in range(0, len(val), batch):
+        x0 = torch.from_numpy(val[i : i + batch].astype(np.int64)).to(device)
+        losses.append(
+            diffusion_loss(model, x0, model.mask_id, self_cond_rate=rate, generator=generator, t=t[i : i + batch])
+        )
+    losses = torch.cat(losses) / val.shape[1]  # [N] nats a token
+    by_time = [losses[(t * bins).long() == k].mean().item() for k in range(bins)]
+    return losses.mean().item(), by_time
+
+
+@torch.no_grad()
+def validate_judge(model, val, batch=64):
+    """Cross-entropy of a causal model over val [N, L], nats a token."""
+    device = next(model.parameters()).device
+    rows = torch.from_numpy(val.astype(np.int64)).to(device)
+    return torch.cat([judge_nll(model, x) for x in rows.split(batch)]).mean().item() / val.shape[1]
+
+
+def report(name, nelbo, by_time):
+    print(f"{name}: validation NELBO {nelbo:.4f} nats/token = {nelbo / math.log(2):.4f} bits/token")
+    print("   by time, t = 0 (clean) to 1 (all masked): " + " ".join(f"{b:.2f}" for b in by_time))
+
+
+# ---------------------------------------------------------------------------------------------
+# The stages
+# ---------------------------------------------------------------------------------------------
+
+
+def diffusion_at(rate):
+    return lambda model, x0, generator: diffusion_loss(
+        model, x0, model.mask_id, self_cond_rate=rate, generator=generator
+    )
+
+
+def main():
+    args = parse()
+    device = pick_device(args.device)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % world:
+        fail(f"--batch-size is {args.batch_size}, expected a multiple of the {world} processes")
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    domain = data.get(args.data, args.lines)
+    name = domain.__name__.removeprefix("data.")
+    out = Path(args.out or f"runs/{name}")
+    out.mkdir(parents=True, exist_ok=True)
+    train, val = domain.load()
+    val = windows(val, domain.length)[:1000]
+    # what the model file remembers, so that sampling needs no data file
+    info = {"data": name, "vocab": domain.vocab, "length": domain.length, "end": getattr(domain, "end", None)}
+    info |= {"stage": args.stage, "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed}
+    torch.manual_seed(args.seed)
+
+    def finish(model, file, **more):
+        model.eval()
+        if rank == 0:
+            save(out / f"{file}.npz", copy.deepcopy(model).half(), **info, **more)  # float16: half the size
+            (out / f"{file}.state.npz").unlink(missing_ok=True)
+            print(f"saved {out / file}.npz")
+
+    if args.stage in ("pretrain", "judge"):
+        causal = args.stage == "judge"
+        config = Config(len(domain.vocab), domain.length, args.dim, args.depth, args.heads, causal=causal)
+        model = Transformer(config).to(device)
+        size = sum(p.numel() for p in model.parameters())
+        if rank == 0:
+            print(f"{args.stage} on {name}: {size:,} parameters, {train.size:,} tokens, {args.steps} steps on {device}")
+        if causal:
+            model = optimise(model, lambda m, x0, _: judge_nll(m, x0), train, args, "judge", out)
+            loss = validate_judge(model, val)
+            finish(model, "judge", nll=loss)
+            if rank == 0:
+                print(f"judge: validation {loss:.4f} nats/token, perplexity {math.exp(loss):.3f}")
+        else:
+            model = optimise(model, diffusion_at(0.0), train, args, "base", out)
+            nelbo, by_time = validate(model, val, 0.0)
+            finish(model, "base", nelbo=nelbo)
+            if rank == 0:
+                report("base", nelbo, by_time)
+        return
+
+    # --- adapt: the main job ---
+    path = args.init or find_model(out, name, "base")
+    if path is None:
+        fail(f"no base to adapt in {out}: train one with --stage pretrain, or name one with --init")
+    base = load(path, device)
+    if base.info.get("vocab") != domain.vocab or base.config.self_conditioning or base.config.causal:
+        fail(f"--init {path}: not a vanilla model of --data {args.data}")
+    if args.self_cond_rate is not None:
+        rates = [args.self_cond_rate]
+    else:
+        rates = [1.0] if args.arms == "two" else [0.0, 0.5, 1.0]
+    arms = [arm for arm, (rate, _) in ARMS.items() if rate is None or rate in rates]
+    if args.self_cond_rate not in (None, 0.0, 0.5, 1.0):
+        arms.append(f"SCMDM rate {args.self_cond_rate:g}")
+        ARMS[arms[-1]] = (args.self_cond_rate, "scmdm")
+    began = time.time()
+    if rank == 0:
+        print(f"adapt on {name}: {len(rates)} run(s) of {args.steps} steps on {device}, then a table of {len(arms)} models.")
+        print("The defaults take at most 10 minutes on two CPU cores; ^C saves and says how to resume.")
+
+    models, nelbos = {}, {}
+    for arm in arms:
+        rate, file = ARMS[arm]
+        models[arm] = base.eval()
+        if rate is not None:
+            model = add_self_conditioning(base) if rate > 0 else copy.deepcopy(base)
+            models[arm] = optimise(model, diffusion_at(rate), train, args, file, out)
+            finish(models[arm], file, self_cond_rate=rate)
+        nelbo, by_time = validate(models[arm], val, 1.0 if rate else 0.0)
+        nelbos[arm] = f"{nelbo:.4f}"
+        if rank == 0:
+            report(arm, nelbo, by_time)
+            if rate:
+                report(f"{arm}, signal switched off", *validate(models[arm], val, 0.0))
+
+    if rank == 0 and args.eval_seeds:
+        judge = load(path, device) if (path := find_model(out, name, "judge")) else None
+        rows = evaluate(models, domain, val, judge, args.n, args.eval_steps, range(args.eval_seeds), device)
+        print()
+        print_table([{"model": row["model"], "NELBO": nelbos.get(row["model"], "")} | row for row in rows])
+        print("NELBO in nats a token; intervals are 95%, over sampling seeds. In all: " + clock(time.time() - began))
+        print(f"Look at what it writes: python sample.py --models {out}")
+
+
+if __name__ == "__main__":
+    run(main)
