@@ -229,7 +229,7 @@ def draw_frame(domain, x, guess, mask_id, width, colour):
         masked = token == mask_id
         cell = domain.decode([likely if masked else token])
         end_of_row = cell == "\n" and not masked or (i + 1) % getattr(domain, "row", len(x) + 1) == 0
-        cell = cell.replace("\n", "↵" if masked else "")
+        cell = cell.replace("\n", "↵" if masked else "") + getattr(domain, "join", "")
         if used + len(cell) > width:
             lines.append(line + " " * (width - used))
             line, used = "", 0

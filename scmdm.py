@@ -24,7 +24,6 @@ import copy
 import json
 import math
 import os
-import tempfile
 import zipfile
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -50,8 +49,8 @@ class Schedule(NamedTuple):
 
 LINEAR = Schedule(lambda t: 1 - t, lambda t: -torch.ones_like(t))  # MDLM's "log-linear"
 COSINE = Schedule(  # MD4's and MaskGIT's: reveals few tokens at first, when little is known
-    lambda t: 1 - torch.cos(math.pi / 2 * (1 - t)),
-    lambda t: -math.pi / 2 * torch.sin(math.pi / 2 * (1 - t)),
+    lambda t: 1 - torch.sin(math.pi / 2 * t),
+    lambda t: -math.pi / 2 * torch.cos(math.pi / 2 * t),
 )
 
 def unmask_prob(s, t, schedule=LINEAR):
@@ -190,10 +189,10 @@ class Transformer(nn.Module):
         self.mask_id = config.vocab_size
         self.info = {}  # whatever `save` was told about the model
         self.embed = nn.Embedding(config.vocab_size + 1, config.dim)  # the last row is the mask
-        self.self_conditioning = SelfConditioning(self.embed, self.mask_id) if config.self_conditioning else None
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.norm = nn.LayerNorm(config.dim, bias=False)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.self_conditioning = SelfConditioning(self.embed, self.mask_id) if config.self_conditioning else None
         for name, p in self.named_parameters():
             if p.ndim == 2 and "self_conditioning" not in name:
                 # GPT-2's initialisation: what is added to the residual stream is scaled by the number of additions
@@ -292,7 +291,7 @@ def diffusion_loss(
 def draw(probs, u):
     """Draw a token for each row of probs [..., V], by the uniforms u [...]: the first whose cumulative sum passes u."""
     cdf = probs.cumsum(-1)
-    return (cdf > u[..., None] * cdf[..., -1:]).int().argmax(-1)
+    return torch.searchsorted(cdf / cdf[..., -1:], u[..., None], right=True)[..., 0]
 
 
 def shape_probs(logits, temperature, top_p):
@@ -302,7 +301,7 @@ def shape_probs(logits, temperature, top_p):
     # subtracting the largest first keeps logits / temperature finite
     probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if top_p < 1:
-        p, token = probs.sort(-1, descending=True, stable=True)
+        p, token = probs.sort(dim=-1, descending=True, stable=True)
         keep = p.cumsum(-1) - p < top_p  # while the mass of the more likely ones is still too little
         probs = torch.zeros_like(probs).scatter(-1, token, torch.where(keep, p, 0))
     return probs
@@ -329,7 +328,7 @@ def sample(
     k-1, and call 0 none. The prediction is fed back as it is, whatever the temperature and top_p.
 
     order: "random" follows the diffusion process; "confidence" reveals as many as the schedule
-    expects, those whose drawn token has the highest probability first (MaskGIT, arXiv 2202.04200).
+    expects, those whose drawn token the model thinks likeliest first (MaskGIT, arXiv 2202.04200).
     on_step(step, x, x0_prev): called after each call with the new state and the prediction behind it.
     Raises ValueError for steps < 1, temperature < 0, top_p outside (0, 1] or an unknown order.
     """
@@ -357,13 +356,12 @@ def sample(
 
         # Which token, and whether it is revealed, are two separate draws in float64: one draw over
         # {tokens, mask} in float32 would starve rare tokens. At s = 0 every mask is revealed.
-        probs = shape_probs(logits.to(u_token.dtype), temperature, top_p)
-        token = draw(probs, u_token)  # [B, L]
+        token = draw(shape_probs(logits.to(u_token.dtype), temperature, top_p), u_token)  # [B, L]
         if order == "random":
             reveal = u_reveal < unmask_prob(s, t, schedule)  # [B, L]
         else:
-            confidence = probs.gather(-1, token[..., None])[..., 0].masked_fill(~masked, -1)
-            rank = confidence.argsort(-1, descending=True, stable=True).argsort(-1)  # 0 = most confident
+            confidence = x0_prev.gather(-1, token[..., None])[..., 0].masked_fill(~masked, -1)
+            rank = confidence.argsort(dim=-1, descending=True, stable=True).argsort(-1)  # 0 = most confident
             left = ((1 - schedule.alpha(s)) * wanted).round()  # [B, 1] masks that the schedule leaves at s
             reveal = rank < masked.sum(1, keepdim=True) - left
         x = torch.where(masked & reveal, token.to(x.dtype), x)
@@ -381,15 +379,16 @@ def save_arrays(path, arrays, header):
     """Write named arrays and one JSON header to an .npz. A crash at any byte leaves an older file whole."""
     path = os.fspath(path)
     text = np.array(json.dumps(header, ensure_ascii=False))
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=os.path.basename(path) + ".")
+    temporary = f"{path}.{os.getpid()}.tmp"  # in the same folder, so that the renaming is atomic
     try:
-        with os.fdopen(handle, "wb") as f:
+        with open(temporary, "wb") as f:
             np.savez(f, header=text, **arrays)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        if os.path.exists(temporary):
+            os.unlink(temporary)
         raise
 
 

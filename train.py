@@ -39,7 +39,7 @@ from scmdm import (
 STEPS = {
     "pretrain": 12000,  # text: an hour on two cores; the validation bound still falls slowly at its end
     "adapt": 1000,  # the main job, with its table, in under ten minutes on two cores
-    "judge": 5000,  # a causal model learns from every position at once, and begins to overfit after this
+    "judge": 4000,  # a causal model learns from every position at once, and needs fewer
 }
 LR = {
     "pretrain": 2e-3,  # small models like large steps
@@ -171,8 +171,8 @@ def optimise(model, loss_of, train, args, name, out):
     warmup = max(1, min(args.steps // 20, 200))
     running, began, last_line = None, time.time(), 0.0
     for step in range(first, args.steps):
-        for g, kind in zip(generators, (0, 1)):
-            g.manual_seed(((args.seed * 2 + kind) << 32) + step * world + rank)
+        for kind, g in enumerate(generators):  # hashed, because PyTorch's CPU generator reads only the low 32 bits of a seed
+            g.manual_seed(int(np.random.SeedSequence((args.seed, kind, step, rank)).generate_state(1)[0]))
         x0 = batch_of(train, length, args.batch_size // world, generators[0]).to(device)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
@@ -189,7 +189,8 @@ def optimise(model, loss_of, train, args, name, out):
         if not torch.isfinite(norm):  # nothing has been changed yet: the state before this step is good
             if first < step and rank == 0:
                 save_state(step)
-            raise ValueError(f"{name}: the loss or its gradient is {loss.item()} at step {step}; {state} holds the last good state")
+            kept = f"the last good state is in {state}" if state.exists() else "nothing was saved"
+            raise ValueError(f"{name}: stopped at step {step}, loss {loss.item()}, gradient {norm.item()}; {kept}; try a lower --lr")
 
         lr = args.lr * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / args.steps)))
         for group in optimiser.param_groups:
@@ -347,7 +348,12 @@ def main():
     for arm in arms:
         rate, file = ARMS[arm]
         models[arm] = base.eval()
-        if rate is not None:
+        done = out / f"{file}.npz"  # a resumed run does not train again what it had finished
+        if rate is not None and args.resume and done.exists() and not (out / f"{file}.state.npz").exists():
+            models[arm] = load(done, device).eval()
+            if models[arm].info != {**info, "self_cond_rate": rate}:
+                fail(f"--resume: {done} is of a run with other settings; without --resume it is trained again")
+        elif rate is not None:
             model = add_self_conditioning(base) if rate > 0 else copy.deepcopy(base)
             models[arm] = optimise(model, diffusion_at(rate), train, args, file, out)
             finish(models[arm], file, self_cond_rate=rate)
@@ -365,6 +371,8 @@ def main():
         print_table([{"model": row["model"], "NELBO": nelbos.get(row["model"], "")} | row for row in rows])
         print("NELBO in nats a token; intervals are 95%, over sampling seeds. In all: " + clock(time.time() - began))
         print(f"Look at what it writes: python sample.py --models {out}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

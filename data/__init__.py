@@ -40,7 +40,7 @@ def from_vocab(vocab, length, name, end=None):
         return join.join(tokens[: tokens.index(end)] if end in tokens else tokens)
 
     return SimpleNamespace(
-        __name__=name, vocab=vocab, length=length, end=end, encode=encode, decode=decode, score=lambda *_: {}
+        __name__=name, vocab=vocab, length=length, end=end, join=join, encode=encode, decode=decode, score=lambda *_: {}
     )
 
 
