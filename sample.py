@@ -158,9 +158,9 @@ def generate(denoiser, canvas, mask_id, steps, seed, batch=64, **options):
 
 
 def evaluate(denoisers, domain, val, judge, n, calls, seeds, device, **options):
-    """Rows of the table: real data first, then each denoiser at each number of calls. n sequences a seed.
+    """{(model, calls): [{measure: value}, one a seed]}: real data first, then each denoiser at each number of calls.
 
-    denoisers {name: callable}. Every model gets the same seeds and the same number of calls, and
+    denoisers {name: callable}; n sequences a seed. Every model gets the same seeds and the same number of calls, and
     they take turns, so that a machine that slows down slows them all. val [N, L], real windows,
     is the reference, and its own row says what the measures give when nothing is wrong.
     """
@@ -184,12 +184,41 @@ def evaluate(denoisers, domain, val, judge, n, calls, seeds, device, **options):
                 print(f"\r\033[Kevaluate  {name}, {steps} calls, seed {seed}  {left} left", end="", flush=True)
     if sys.stdout.isatty():
         print("\r\033[K", end="")
+    return results
+
+
+def table_of(results):
+    """What evaluate() returns as rows of {column: text}: the mean over the seeds and its 95% interval; times as medians."""
     return [
         {"model": name, "calls": steps}
         | {key: mean_interval([v[key] for v in values]) for key in values[0] if key not in TIMES}
         | {key: f"{statistics.median(v[key] for v in values):.1f}" for key in TIMES if key in values[0]}
         for (name, steps), values in results.items()
     ]
+
+
+def draw_results(results, path):
+    """Plot the first measure against the number of calls, one dot a seed, if matplotlib is there. Returns a line that says so."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return "no figure: it needs matplotlib (pip install matplotlib)"
+    (_, real), *others = results.items()
+    measure_name = next(iter(real[0]))
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.axhline(statistics.mean(v[measure_name] for v in real), color="grey", linestyle="--", label="real, held out")
+    for name in dict.fromkeys(name for (name, _), _ in others):
+        points = [(steps, [v[measure_name] for v in values]) for (label, steps), values in others if label == name]
+        (line,) = axes.plot(*zip(*[(steps, statistics.mean(values)) for steps, values in points]), label=name)
+        axes.scatter(*zip(*[(steps, value) for steps, values in points for value in values]), s=9, color=line.get_color())
+    ticks = [steps for steps, _ in points]
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, ticks)
+    axes.set(xlabel="denoiser calls", ylabel=measure_name)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    return f"figure: {path}"
 
 
 def print_table(rows):
@@ -227,7 +256,8 @@ def draw_frame(domain, x, guess, mask_id, width, colour):
     lines, line, used = [], "", 0
     for i, (token, likely) in enumerate(zip(x.tolist(), guess.tolist())):
         masked = token == mask_id
-        cell = domain.decode([likely if masked else token])
+        shown = likely if masked else token
+        cell = domain.cell(shown) if hasattr(domain, "cell") else domain.decode([shown])
         end_of_row = cell == "\n" and not masked or (i + 1) % getattr(domain, "row", len(x) + 1) == 0
         cell = cell.replace("\n", "↵" if masked else "") + getattr(domain, "join", "")
         if used + len(cell) > width:
@@ -327,7 +357,7 @@ def main():
         val = windows(domain.load()[1], length)
         seeds = range(args.seed, args.seed + args.seeds)
         print(f"{name}: {args.n} sequences of {length} tokens for each of {args.seeds} seeds, on {device}")
-        print_table(evaluate(models, domain, val, judge, args.n, args.steps, seeds, device, **options))
+        print_table(table_of(evaluate(models, domain, val, judge, args.n, args.steps, seeds, device, **options)))
         return
 
     mask_id = len(domain.vocab)

@@ -23,7 +23,19 @@ import torch
 import torch.distributed as dist
 
 import data
-from sample import clock, evaluate, fail, find_model, judge_nll, pick_device, print_table, run, windows
+from sample import (
+    clock,
+    draw_results,
+    evaluate,
+    fail,
+    find_model,
+    judge_nll,
+    pick_device,
+    print_table,
+    run,
+    table_of,
+    windows,
+)
 from scmdm import (
     Config,
     Transformer,
@@ -366,10 +378,11 @@ def main():
 
     if rank == 0 and args.eval_seeds:
         judge = load(path, device) if (path := find_model(out, name, "judge")) else None
-        rows = evaluate(models, domain, val, judge, args.n, args.eval_steps, range(args.eval_seeds), device)
+        results = evaluate(models, domain, val, judge, args.n, args.eval_steps, range(args.eval_seeds), device)
         print()
-        print_table([{"model": row["model"], "NELBO": nelbos.get(row["model"], "")} | row for row in rows])
+        print_table([{"model": row["model"], "NELBO": nelbos.get(row["model"], "")} | row for row in table_of(results)])
         print("NELBO in nats a token; intervals are 95%, over sampling seeds. In all: " + clock(time.time() - began))
+        print(draw_results(results, out / "results.png"))
         print(f"Look at what it writes: python sample.py --models {out}")
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,0 +1,111 @@
+"""Molecules: QM9, at most nine heavy atoms, as SMILES; a character a token, with an end token. Source: data/README.md."""
+
+import gzip
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+FILE = Path(__file__).with_name("molecules.txt.gz")
+length = 32  # the longest has 28 characters
+end = "<end>"  # closes a molecule and pads it; predicted like any other token, so the model chooses the length
+
+
+@cache
+def read():
+    """All molecules, shuffled: the file is sorted by size."""
+    lines = gzip.decompress(FILE.read_bytes()).decode().split()
+    return [lines[i] for i in np.random.default_rng(0).permutation(len(lines))]
+
+
+vocab = [*"#()+-12345=CFHNO[]", end]
+index = {token: i for i, token in enumerate(vocab)}
+
+
+def encode(string):
+    """A SMILES string -> a list of tokens, without the end. Raises KeyError for a character that QM9 does not have."""
+    return [index[character] for character in string]
+
+
+def decode(tokens):
+    """Tokens -> the SMILES string before the first end token."""
+    tokens = [vocab[i] for i in tokens]
+    return "".join(tokens[: tokens.index(end)] if end in tokens else tokens)
+
+
+def load():
+    """(train, val): rows [N, 32] of tokens. A tenth is val."""
+    rows = np.full((len(read()), length), index[end], dtype=np.uint8)
+    for row, smiles in zip(rows, read()):
+        row[: len(smiles)] = encode(smiles)
+    cut = len(rows) * 9 // 10
+    return rows[:cut], rows[cut:]
+
+
+@cache
+def rdkit():
+    """RDKit's Chem module, silenced; None, and one line that says so, if it is not installed."""
+    try:
+        from rdkit import Chem, RDLogger
+    except ImportError:
+        print("molecules: validity, uniqueness and novelty need RDKit: pip install rdkit")
+        return None
+    RDLogger.DisableLog("rdApp.*")
+    return Chem
+
+
+def canonical(smiles):
+    """RDKit's canonical form, None if it is no molecule. One molecule has many SMILES: compare these, not the strings."""
+    molecule = rdkit().MolFromSmiles(smiles) if smiles else None
+    return molecule and rdkit().MolToSmiles(molecule)
+
+
+@cache
+def known():
+    return frozenset(map(canonical, read()[: len(read()) * 9 // 10]))
+
+
+def closed(smiles):
+    """Whether brackets match and ring bonds are closed: needed for validity, and checked without RDKit."""
+    depth = 0
+    for character in smiles:
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if depth < 0:
+            return False
+    return bool(smiles) and depth == 0 and all(smiles.count(ring) % 2 == 0 for ring in "12345")
+
+
+def score(samples, reference):
+    """{measure: value} of samples [N, 32], all shares of N, as molecules are counted in the literature.
+
+    closed: brackets and ring bonds match. By RDKit, if it is there: valid, a molecule at all; unique,
+    the different ones among the valid; novel, those of them that are not in the training set; all, the
+    product of the three, which is the share of N that is valid, unique and novel at once.
+    """
+    strings = [decode(row) for row in samples]
+    values = {"closed": sum(map(closed, strings)) / len(strings)}
+    if rdkit():
+        valid = [c for c in map(canonical, strings) if c]
+        unique = set(valid)
+        novel = unique - known()
+        values |= {
+            "valid": len(valid) / len(strings),
+            "unique": len(unique) / max(1, len(valid)),
+            "novel": len(novel) / max(1, len(unique)),
+            "all": len(novel) / len(strings),
+        }
+    return values
+
+
+def picture(samples, path):
+    """Draw the valid ones of samples [N, 32] as a grid, if RDKit is there. Returns a line that says what was done."""
+    if not rdkit():
+        return "no picture: drawing molecules needs RDKit"
+    from rdkit.Chem.Draw import MolsToGridImage
+
+    strings = [s for s in (decode(row) for row in samples[:40]) if canonical(s)]
+    if not strings:
+        return "no picture: none of them is a molecule"
+    image = MolsToGridImage([rdkit().MolFromSmiles(s) for s in strings], molsPerRow=8, subImgSize=(160, 130), legends=strings)
+    image.save(path)
+    return f"drew {len(strings)} molecules of the first {min(40, len(samples))}: {path}"
