@@ -71,6 +71,15 @@ def find_model(folder, name, kind):
             return path
 
 
+def load_judge(folder, domain, name, device):
+    """The causal model that measures generative perplexity, or None if there is none for these tokens."""
+    path = find_model(folder, name, "judge")
+    judge = load(path, device) if path else None
+    if judge and not (judge.config.causal and judge.info.get("vocab") == domain.vocab):
+        raise ValueError(f"{path}: not a judge of the tokens of {name}")
+    return judge
+
+
 def clock(seconds):
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}m{seconds:02}s"
@@ -140,8 +149,8 @@ def generate(denoiser, canvas, mask_id, steps, seed, batch=64, **options):
     inside = 0.0
 
     def wait():  # a GPU runs behind: its time is known once it is done
-        if canvas.is_cuda:
-            torch.cuda.synchronize()
+        if canvas.device.type != "cpu":
+            torch.accelerator.synchronize()
         return time.perf_counter()
 
     def timed(xt, x0_prev):
@@ -321,23 +330,25 @@ def main():
     device = pick_device(args.device)
     folder = Path(args.models or SHIPPED / args.data)
     if not folder.is_dir():
-        raise ValueError(f"{'--models' if args.models else '--data'} {folder}: no such folder of models")
+        if not args.models:
+            raise ValueError(f"--data {args.data}: no models are shipped for it yet; train.py makes them, --models takes them")
+        raise ValueError(f"--models {folder}: no such folder")
 
-    # Every model found must be of one domain; a folder without a base of its own was adapted from the shipped one.
-    kinds = ("base", "scmdm") if args.model == "both" or args.evaluate else (args.model,)
-    found = [load(path, device) for kind in ("scmdm", "base") if (path := folder / f"{kind}.npz").exists()]
-    if not found or any("vocab" not in model.info for model in found):
+    # The first model says what the tokens are; the other may be the shipped one that it was adapted from.
+    first = next((path for kind in ("scmdm", "base") if (path := folder / f"{kind}.npz").exists()), None)
+    info = load(first).info if first else {}
+    if "vocab" not in info:
         raise ValueError(f"{folder}: no base.npz or scmdm.npz made by train.py")
-    domain = data.from_info(found[0].info)
-    name, length = found[0].info["data"], found[0].config.length
+    domain = data.from_info(info)
+    name, length = info["data"], info["length"]
     models = {}
-    for kind in kinds:
-        if path := find_model(folder, name, kind):
-            models[{"base": "vanilla", "scmdm": "SCMDM"}[kind]] = model = load(path, device)
+    for kind, label in (("base", "vanilla"), ("scmdm", "SCMDM")):
+        if args.model in ("both", kind) and (path := find_model(folder, name, kind)):
+            models[label] = model = load(path, device).eval()
             if model.info.get("vocab") != domain.vocab or model.config.length != length or model.config.causal:
                 raise ValueError(f"{path}: a model of other tokens, expected those of {name}, {length} long")
     if not models:
-        raise ValueError(f"{folder}: no {' or '.join(kind + '.npz' for kind in kinds)}, see train.py")
+        raise ValueError(f"{folder}: no {args.model}.npz, see train.py")
     options = {
         "temperature": args.temperature,
         "top_p": args.top_p,
@@ -350,7 +361,7 @@ def main():
             fail("--prompt with --evaluate: the measures are of free samples, expected one of the two")
         if not hasattr(domain, "load"):
             fail(f"--evaluate: {name} is not in data/, so there is no real data to compare with")
-        judge = load(path, device) if (path := find_model(folder, name, "judge")) else None
+        judge = load_judge(folder, domain, name, device)
         if "SCMDM" in models:
             adapted = models["SCMDM"]
             models["SCMDM, signal off"] = lambda xt, x0_prev: adapted(xt, None)

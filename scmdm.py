@@ -4,7 +4,8 @@ A masked diffusion model writes a sequence by starting from nothing but [MASK] a
 over a number of steps. At each step it predicts every token, keeps the few that are revealed, and
 throws the other predictions away: a position that stays masked is inferred again from nothing.
 SCMDM (Cardei, Ta & Fioretto 2026, arXiv 2604.26985) feeds those predictions back. It takes a
-pretrained model, adds one matrix, and trains a little longer. Sampling needs no extra calls.
+pretrained model, makes the smallest change to it that lets the signal in (here: one matrix), and
+trains a little longer. Sampling needs no extra calls.
 
 Read from top to bottom:
     1. the schedule         how much is masked at time t
@@ -24,6 +25,7 @@ import copy
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -32,7 +34,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-T_MIN = 1e-3  # the loss has a weight of 1/t: below this floor it would be all variance (bias < 1e-3)
+T_MIN = 1e-3  # the loss has a weight of 1/t: below this floor it would be all variance
 
 # ---------------------------------------------------------------------------------------------
 # 1. The schedule
@@ -42,8 +44,8 @@ T_MIN = 1e-3  # the loss has a weight of 1/t: below this floor it would be all v
 class Schedule(NamedTuple):
     """The two functions that are a noise schedule; both take and return a tensor of times in [0, 1]."""
 
-    alpha: callable  # probability that a token is still visible at t: falls from alpha(0)=1 to alpha(1)=0
-    dalpha: callable  # its derivative in t
+    alpha: Callable  # probability that a token is still visible at t: falls from alpha(0)=1 to alpha(1)=0
+    dalpha: Callable  # its derivative in t
 
 
 LINEAR = Schedule(lambda t: 1 - t, lambda t: -torch.ones_like(t))  # MDLM's "log-linear"
@@ -53,7 +55,7 @@ COSINE = Schedule(  # MD4's and MaskGIT's: reveals few tokens at first, when lit
 )
 
 def unmask_prob(s, t, schedule=LINEAR):
-    """Probability that a position masked at t is revealed by s < t. No token is lost on the way: it depends on alpha alone."""
+    """Probability that a position masked at t is revealed by s < t. A revealed token is never masked again, so alpha says it all."""
     return (schedule.alpha(s) - schedule.alpha(t)) / (1 - schedule.alpha(t))
 
 
@@ -65,8 +67,10 @@ def unmask_prob(s, t, schedule=LINEAR):
 def uniform(shape, device, generator=None):
     """Uniform numbers in [0, 1): the only source of randomness in this file, so that a port can replay it.
 
-    In float64, because float32 has only 2**24 values below 1 and rare tokens would be starved
-    (Zheng et al. 2024, arXiv 2409.02908). Apple's mps has no float64 and makes do with float32.
+    In float64, because float32 is too coarse for rare tokens at many steps: a float32 Gumbel draw
+    starves them (Zheng et al. 2024, arXiv 2409.02908). Apple's mps has no float64 and makes do with float32.
+    The order of the draws: the loss takes times (1,), masks (B, L), who is given the signal (B,);
+    the sampler, at each step, which masks to reveal (B, L), then the tokens (B, L).
     """
     dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
     return torch.rand(shape, dtype=dtype, device=device, generator=generator)
@@ -76,7 +80,7 @@ def q_sample(x0, t, mask_id, *, frozen=None, schedule=LINEAR, generator=None):
     """Draw xt from q(xt | x0): each token is kept with probability alpha(t), else it becomes the mask.
 
     x0 [B, L] integer tokens; t a number or [B], one time a sequence; frozen [B, L] bool, positions
-    that are never masked. Returns xt [B, L]. With one generator state, the masks are nested in t.
+    that are never masked. Returns xt [B, L]. From the same generator state, a larger t masks a superset.
     """
     u = uniform(x0.shape, x0.device, generator)  # [B, L]
     t = torch.as_tensor(t, dtype=u.dtype, device=u.device).reshape(-1, 1)  # [B, 1] or [1, 1]
@@ -92,16 +96,17 @@ def q_sample(x0, t, mask_id, *, frozen=None, schedule=LINEAR, generator=None):
 
 
 class SelfConditioning(nn.Module):
-    """The whole of what SCMDM adds to a model: one D x D matrix, W, with no bias.
+    """All that is added to a model: one D x D matrix, W, with no bias. (The paper asks for a minimal change; this form is ours.)
 
-        h = E[xt] + 1[xt is MASK] * W (x0_prev @ E)
+        h = E[xt] + 1[xt is MASK] * x0_prev @ E @ W^T
 
     The previous prediction x0_prev, a distribution over tokens, becomes the mean embedding of those
     tokens, and W says how to mix it in. W starts at zero, so the adapted model is exactly the
     pretrained one until it is trained. A visible position gets nothing: its token is known.
 
-    embedding is the model's own nn.Embedding, of at least V rows; it stays the model's (it is not
-    among this module's parameters). Works with any model: add the result to its token embeddings.
+    embedding is the model's own nn.Embedding, of at least V rows. It stays the model's (it is not
+    among this module's parameters, and learns through both its uses); if the model replaces it,
+    make the adapter anew. Works with any model: add the result to its token embeddings.
     """
 
     def __init__(self, embedding, mask_id):
@@ -112,14 +117,13 @@ class SelfConditioning(nn.Module):
         self.W = nn.Parameter(embedding.weight.new_zeros(dim, dim))
 
     def forward(self, xt, x0_prev=None):
-        """xt [B, L]; x0_prev [B, L, V] probabilities, all zero (or None) for no signal -> [B, L, D]."""
+        """xt [B, L]; x0_prev [B, L, V] probabilities, all zero (or None) for no signal -> [B, L, D], then exactly zero."""
         E = self.shared[0].weight  # [V+1, D]
         if x0_prev is None:
             return E.new_zeros(*xt.shape, E.shape[1])
-        V = x0_prev.shape[-1]
-        # W (p @ E) = p @ (E W^T): multiplying the two matrices first costs V*D*D, and not B*L*D*D
-        h = x0_prev.to(E.dtype) @ (E[:V] @ self.W.T)  # [B, L, D]
-        return torch.where((xt == self.mask_id)[..., None], h, 0)
+        p = x0_prev.to(E.dtype).flatten(0, 1)  # [B*L, V]
+        h = torch.linalg.multi_dot((p, E[: p.shape[1]], self.W.T))  # p @ E @ W^T, in the order that costs least
+        return torch.where((xt == self.mask_id)[..., None], h.view(*xt.shape, -1), 0)
 
 
 @dataclass
@@ -194,7 +198,7 @@ class Transformer(nn.Module):
         self.self_conditioning = SelfConditioning(self.embed, self.mask_id) if config.self_conditioning else None
         for name, p in self.named_parameters():
             if p.ndim == 2 and "self_conditioning" not in name:
-                # GPT-2's initialisation: what is added to the residual stream is scaled by the number of additions
+                # GPT-2's initialisation: what is added to the residual stream is divided by the root of the number of additions
                 residual = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.depth) if residual else 0.02)
 
@@ -241,12 +245,17 @@ def diffusion_loss(
 ):
     """Estimate of the continuous-time NELBO, an upper bound of -log p(x0), of each sequence. [B], nats a sequence.
 
-        E_t [ -alpha'(t) / (1 - alpha(t)) * sum over masked i of -log p(x0_i | xt, x0_prev) ]
+        E_t [ weight(t) * sum over masked i of -log p(x0_i | xt, x0_prev) ],  weight = -alpha' / (1 - alpha) > 0
 
-    denoiser: any callable (xt [B, L], x0_prev [B, L, V] or None) -> logits [B, L, V]; x0 [B, L] tokens.
-    self_cond_rate: the probability, for each sequence, that the denoiser is given its own first
-    prediction: 1 is SCMDM, 0.5 the habit when training from scratch, 0 vanilla training.
-    frozen [B, L] bool: positions never masked and never scored. t [B]: the times, if not to be drawn.
+    denoiser: any callable (xt [B, L], x0_prev [B, L, V] or None) -> logits [B, L, V]; x0 [B, L]
+    tokens, none of them the mask. self_cond_rate: the probability, for each sequence, that the
+    denoiser is given its own first prediction: 1 is SCMDM, 0.5 the habit when training from scratch,
+    0 vanilla training. At rate 1 the first prediction is itself never scored: it is good already,
+    because the model was pretrained. frozen [B, L] bool: positions never masked and never scored.
+    t [B]: the times, if not to be drawn (the floor applies to them too).
+
+    At rate 1 this bounds the likelihood of the two-pass model. `sample` makes one call a step and gives
+    it an older prediction, so that this is a measure of the denoiser, and not of what `sample` draws.
     The weight is that of MD4 (Shi et al. 2024, arXiv 2406.04329) and MDLM (Sahoo et al. 2024, arXiv
     2406.07524), 1/t for the linear schedule: at small t few tokens are masked, and each stands for
     many. The value does not depend on the schedule. Raises ValueError if self_cond_rate is outside [0, 1].
@@ -255,7 +264,7 @@ def diffusion_loss(
         raise ValueError(f"self_cond_rate is {self_cond_rate}, expected a number from 0 to 1")
     B, L = x0.shape
 
-    # 1. One time a sequence. Antithetic: one draw, spread evenly over the batch, for a calmer loss.
+    # 1. One time a sequence. One draw, spread evenly over the batch ("antithetic"), for a calmer loss.
     if t is None:
         u = uniform((1,), x0.device, generator)
         t = (u + torch.arange(B, device=x0.device, dtype=u.dtype) / B) % 1  # [B]
@@ -264,15 +273,19 @@ def diffusion_loss(
     # 2. Mask.
     xt = q_sample(x0, t, mask_id, frozen=frozen, schedule=schedule, generator=generator)  # [B, L]
 
-    # 3. Pass 1, the method: the model's own prediction from xt alone becomes the signal. No gradient
-    #    goes through it, or the model would shape pass 1 to help pass 2 and no longer to estimate x0.
+    # 3. Pass 1, the method: the model's own prediction from xt alone becomes the signal. It stands in
+    #    for the prediction of the step before, which in sampling is made from a slightly more masked
+    #    xt. No gradient goes through it, or the model would shape pass 1 to help pass 2 and no longer
+    #    to estimate x0.
     given = uniform((B,), x0.device, generator) < self_cond_rate  # [B]
     x0_prev = None
     if self_cond_rate > 0:
         with torch.no_grad():
             x0_prev = without_mask(denoiser(xt, None), mask_id).softmax(-1)  # [B, L, V]
             x0_prev = torch.where(given[:, None, None], x0_prev, 0)  # all zero: no signal
-        torch.clear_autocast_cache()  # else pass 2 would reuse pass 1's casts of the weights, which carry no gradient
+        # PyTorch before pull request 165068 (of late 2025) would reuse, in pass 2 and under autocast,
+        # the casts of the weights that pass 1 made, and those carry no gradient.
+        torch.clear_autocast_cache()
 
     # 4. Pass 2, at the same xt and t: score the masked positions, weigh by time.
     logits = without_mask(denoiser(xt, x0_prev), mask_id)  # [B, L, V]
@@ -297,7 +310,7 @@ def shape_probs(logits, temperature, top_p):
     """The distribution tokens are drawn from: softmax(logits / temperature), cut to the smallest nucleus of mass top_p."""
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-    # subtracting the largest first keeps logits / temperature finite
+    # the largest is subtracted first, so that dividing by a small temperature cannot give +inf
     probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if top_p < 1:
         p, token = probs.sort(dim=-1, descending=True, stable=True)
@@ -327,9 +340,10 @@ def sample(
     k-1, and call 0 none. The prediction is fed back as it is, whatever the temperature and top_p.
 
     order: "random" follows the diffusion process; "confidence" reveals as many as the schedule
-    expects, those whose drawn token the model thinks likeliest first (MaskGIT, arXiv 2202.04200).
+    expects, those whose drawn token the model thinks likeliest first (as MaskGIT, arXiv 2202.04200,
+    without the noise it adds to the confidence).
     on_step(step, x, x0_prev): called after each call with the new state and the prediction behind it.
-    Raises ValueError for steps < 1, temperature < 0, top_p outside (0, 1] or an unknown order.
+    Raises ValueError for steps < 1, temperature < 0, top_p outside (0, 1], an unknown order, or NaN logits.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}, expected 1 or more")
@@ -345,6 +359,8 @@ def sample(
     for step in range(steps):
         # The signal changes at every call, so the call is made even if no token has changed.
         logits = without_mask(denoiser(x, x0_prev), mask_id)  # [B, L, V]
+        if logits.isnan().any():
+            raise ValueError(f"the denoiser gave logits that are NaN at step {step}")
         x0_prev = logits.softmax(-1)  # [B, L, V]: what the next call is given
 
         u_reveal = uniform(x.shape, x.device, generator)  # [B, L]
@@ -353,8 +369,9 @@ def sample(
         s = torch.tensor(1 - (step + 1) / steps, dtype=u_token.dtype, device=x.device)
         masked = x == mask_id  # [B, L]
 
-        # Which token, and whether it is revealed, are two separate draws in float64: one draw over
-        # {tokens, mask} in float32 would starve rare tokens. At s = 0 every mask is revealed.
+        # Which token, and whether it is revealed, are two separate draws, by inverting a cumulative sum
+        # in float64: one Gumbel draw over {tokens, mask} in float32 would starve rare tokens. At s = 0
+        # every mask is revealed.
         token = draw(shape_probs(logits.to(u_token.dtype), temperature, top_p), u_token)  # [B, L]
         if order == "random":
             reveal = u_reveal < unmask_prob(s, t, schedule)  # [B, L]
@@ -410,13 +427,13 @@ def load_arrays(path):
 def save(path, model, **info):
     """Write a Transformer and whatever is to be remembered of it (`info`: JSON values) to one .npz.
 
-    One array a parameter, under its PyTorch name and in its own precision (bfloat16, which numpy
+    What the model was loaded with is remembered too. One array a parameter, under its PyTorch name and in its own precision (bfloat16, which numpy
     lacks, as float32; model.half() makes a small file), and `header`, a JSON string: config and info.
     """
     arrays = {}
     for name, p in model.state_dict().items():
         arrays[name] = (p.float() if p.dtype == torch.bfloat16 else p).cpu().numpy()
-    save_arrays(path, arrays, {"config": asdict(model.config), "info": info})
+    save_arrays(path, arrays, {"config": asdict(model.config), "info": model.info | info})
 
 
 def load(path, device="cpu"):
@@ -441,7 +458,5 @@ def load(path, device="cpu"):
             kind = arrays[name].dtype if name in arrays else "nothing"
             raise ValueError(f"{path}: array {name} is {kind} {found}, expected floats {expected.get(name)}")
     model.load_state_dict({name: torch.tensor(a, dtype=torch.float32) for name, a in arrays.items()}, assign=True)
-    if config.self_conditioning:  # the adapter shares the model's embedding, which was just replaced
-        model.self_conditioning.shared = (model.embed,)
     model.info = info
     return model.requires_grad_().to(device)

@@ -9,6 +9,7 @@ This file is optimisation and nothing else: the method is in scmdm.py, the measu
 """
 
 import argparse
+import atexit
 import copy
 import math
 import os
@@ -16,6 +17,7 @@ import shlex
 import signal
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,7 @@ from sample import (
     fail,
     find_model,
     judge_nll,
+    load_judge,
     pick_device,
     print_table,
     run,
@@ -95,9 +98,10 @@ def parse():
     args = p.parse_args()
     args.steps = STEPS[args.stage] if args.steps is None else args.steps
     args.lr = LR[args.stage] if args.lr is None else args.lr
-    for name in ("steps", "batch_size", "n", *("dim", "depth", "heads")):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 1 or more")
+    for flag in ("--steps", "--batch-size", "-n", "--dim", "--depth", "--heads"):
+        value = getattr(args, flag.strip("-").replace("-", "_"))
+        if value < 1:
+            fail(f"{flag} is {value}, expected 1 or more")
     if min(args.eval_steps) < 1:
         fail(f"--eval-steps is {min(args.eval_steps)}, expected 1 or more")
     if not 0 < args.lr < math.inf:
@@ -128,11 +132,12 @@ def batch_of(train, length, size, generator):
     return torch.from_numpy(rows.astype(np.int64))
 
 
-def optimise(model, loss_of, train, args, name, out):
+def optimise(model, loss_of, train, args, name, out, **more):
     """Minimise loss_of(model, x0 [B, L], generator) -> [B] nats a sequence. Returns the model's moving average.
 
     AdamW, warm-up and cosine decay, gradient clipping. The randomness of step k is a function of
-    (seed, k, process) alone, so a resumed run is equal to one that was never stopped.
+    (seed, k, process) alone, so a resumed run is equal to one that was never stopped. `more` is what
+    else a run must have in common with the one it resumes.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = next(model.parameters()).device
@@ -151,7 +156,7 @@ def optimise(model, loss_of, train, args, name, out):
     # A state is a plain .npz too: for each parameter its value, its average and Adam's two moments.
     state = out / f"{name}.state.npz"
     run = {k: getattr(args, k) for k in ("stage", "data", "steps", "batch_size", "lr", "weight_decay", "seed", "dtype")}
-    run["processes"] = world
+    run |= {"config": asdict(model.config), "processes": world} | more
     first = 0
     if args.resume and state.exists():
         arrays, header = load_arrays(state)
@@ -174,9 +179,16 @@ def optimise(model, loss_of, train, args, name, out):
                 arrays[f"{k}/{n}"] = optimiser.state[p][k].cpu().numpy()
         save_arrays(state, arrays, {"step": step, "run": run})
 
-    # ^C is heard between two steps, so that what is saved is the state after a whole one.
-    stopped = []
-    hear = signal.signal(signal.SIGINT, lambda *_: stopped.append(1) or signal.signal(signal.SIGINT, hear))
+    # ^C is heard between two steps, so that what is saved is the state after a whole one; a second ^C at once.
+    stopped = torch.zeros(1)
+
+    def stop(*_):
+        stopped.fill_(1)
+        signal.signal(signal.SIGINT, hear)
+
+    hear = signal.signal(signal.SIGINT, stop)
+    if world > 1:
+        signal.signal(signal.SIGTERM, stop)  # how torchrun passes ^C on
 
     if args.compile:
         model.compile()
@@ -191,18 +203,20 @@ def optimise(model, loss_of, train, args, name, out):
             loss = loss_of(model, x0, generators[1]).mean() / length  # nats a token
         optimiser.zero_grad()
         loss.backward()
-        if world > 1:  # the mean gradient over the processes, in one message
-            flat = torch.cat([p.grad.flatten() for p in parameters.values()])
+        if world > 1:  # in one message: the mean gradient over the processes, and whether one of them was stopped
+            flat = torch.cat([*(p.grad.flatten() for p in parameters.values()), stopped.to(device)])
             dist.all_reduce(flat)
-            flat /= world
-            for p, g in zip(parameters.values(), flat.split([p.numel() for p in parameters.values()])):
-                p.grad.copy_(g.view_as(p))
+            for p, g in zip(parameters.values(), flat.split([p.numel() for p in parameters.values()] + [1])):
+                p.grad.copy_(g.view_as(p) / world)
+            stopping = bool(flat[-1])
+        else:
+            stopping = bool(stopped)
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         if not torch.isfinite(norm):  # nothing has been changed yet: the state before this step is good
             if first < step and rank == 0:
                 save_state(step)
             kept = f"the last good state is in {state}" if state.exists() else "nothing was saved"
-            raise ValueError(f"{name}: stopped at step {step}, loss {loss.item()}, gradient {norm.item()}; {kept}; try a lower --lr")
+            raise ValueError(f"{name}: stopped at step {step}, loss {loss.item()}, gradient {norm.item()}; {kept}; a run with a lower --lr may do better")
 
         lr = args.lr * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / args.steps)))
         for group in optimiser.param_groups:
@@ -224,12 +238,13 @@ def optimise(model, loss_of, train, args, name, out):
                 flush=True,
             )
             last_line = now
-        if rank == 0 and step + 1 < args.steps and ((step + 1) % 500 == 0 or stopped):
+        stopping = stopping and step + 1 < args.steps  # after the last step there is nothing to go on with
+        if rank == 0 and step + 1 < args.steps and ((step + 1) % 500 == 0 or stopping):
             save_state(step + 1)
-        if stopped:
+        if stopping:
             if rank == 0:
-                words = [w for w in sys.argv if w != "--resume"]
-                print(f"\nsaved {state}; go on with: python {shlex.join(words)} --resume")
+                words = shlex.join(["python", *(w for w in sys.argv if w != "--resume")]) if world == 1 else "the same command and"
+                print(f"\nsaved {state}; go on with: {words} --resume")
             sys.exit(130)
     signal.signal(signal.SIGINT, hear)
     return average
@@ -250,7 +265,8 @@ def validate(model, val, rate, seed=0, batch=64, bins=10):
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     rng = np.random.default_rng(seed)
-    t = torch.from_numpy((rng.permutation(len(val)) + rng.random(len(val))) / len(val)).to(device)  # [N]
+    t = (rng.permutation(len(val)) + rng.random(len(val))) / len(val)
+    t = torch.tensor(t, dtype=torch.float32, device=device)  # [N]
     losses = []
     for i in range(0, len(val), batch):
         x0 = torch.from_numpy(val[i : i + batch].astype(np.int64)).to(device)
@@ -258,7 +274,7 @@ def validate(model, val, rate, seed=0, batch=64, bins=10):
             diffusion_loss(model, x0, model.mask_id, self_cond_rate=rate, generator=generator, t=t[i : i + batch])
         )
     losses = torch.cat(losses) / val.shape[1]  # [N] nats a token
-    by_time = [losses[(t * bins).long() == k].mean().item() for k in range(bins)]
+    by_time = [losses[(t * bins).long() == k].mean().item() for k in range(bins)]  # NaN for a bin without windows
     return losses.mean().item(), by_time
 
 
@@ -297,6 +313,7 @@ def main():
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
     domain = data.get(args.data, args.lines)
     name = domain.__name__.removeprefix("data.")
     out = Path(args.out or f"runs/{name}")
@@ -324,16 +341,15 @@ def main():
             print(f"{args.stage} on {name}: {size:,} parameters, {train.size:,} tokens, {args.steps} steps on {device}")
         if causal:
             model = optimise(model, lambda m, x0, _: judge_nll(m, x0), train, args, "judge", out)
+            finish(model, "judge")
             loss = validate_judge(model, val)
-            finish(model, "judge", nll=loss)
             if rank == 0:
                 print(f"judge: validation {loss:.4f} nats/token, perplexity {math.exp(loss):.3f}")
         else:
             model = optimise(model, diffusion_at(0.0), train, args, "base", out)
-            nelbo, by_time = validate(model, val, 0.0)
-            finish(model, "base", nelbo=nelbo)
+            finish(model, "base")
             if rank == 0:
-                report("base", nelbo, by_time)
+                report("base", *validate(model, val, 0.0))
         return
 
     # --- adapt: the main job ---
@@ -367,7 +383,7 @@ def main():
                 fail(f"--resume: {done} is of a run with other settings; without --resume it is trained again")
         elif rate is not None:
             model = add_self_conditioning(base) if rate > 0 else copy.deepcopy(base)
-            models[arm] = optimise(model, diffusion_at(rate), train, args, file, out)
+            models[arm] = optimise(model, diffusion_at(rate), train, args, file, out, rate=rate, base=str(path))
             finish(models[arm], file, self_cond_rate=rate)
         nelbo, by_time = validate(models[arm], val, 1.0 if rate else 0.0)
         nelbos[arm] = f"{nelbo:.4f}"
@@ -377,15 +393,13 @@ def main():
                 report(f"{arm}, signal switched off", *validate(models[arm], val, 0.0))
 
     if rank == 0 and args.eval_seeds:
-        judge = load(path, device) if (path := find_model(out, name, "judge")) else None
+        judge = load_judge(out, domain, name, device)
         results = evaluate(models, domain, val, judge, args.n, args.eval_steps, range(args.eval_seeds), device)
         print()
         print_table([{"model": row["model"], "NELBO": nelbos.get(row["model"], "")} | row for row in table_of(results)])
         print("NELBO in nats a token; intervals are 95%, over sampling seeds. In all: " + clock(time.time() - began))
         print(draw_results(results, out / "results.png"))
         print(f"Look at what it writes: python sample.py --models {out}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

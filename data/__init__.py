@@ -16,15 +16,16 @@ def get(name, lines=False):
     if name in NAMES:
         return importlib.import_module(f"data.{name}")
     path = Path(name)
+    label = path.stem if path.stem not in NAMES else path.name  # never the name of a built-in domain
     if not path.is_file():
         raise ValueError(f"--data {name}: no such file, and not one of {', '.join(NAMES)}")
     if path.suffix == ".npy":
-        return from_tokens(path)
+        return from_tokens(path, label)
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"--data {name}: not UTF-8 text, expected a text file or a .npy of integers") from None
-    return from_lines(path, text) if lines else from_text(path, text)
+    return from_lines(path, label, text) if lines else from_text(path, label, text)
 
 
 def from_vocab(vocab, length, name, end=None):
@@ -44,10 +45,10 @@ def from_vocab(vocab, length, name, end=None):
     )
 
 
-def from_text(path, text, length=128):
+def from_text(path, label, text, length=128):
     if len(text) < 20 * length:  # the last tenth must hold at least one window, and be more than one
         raise ValueError(f"--data {path}: {len(text)} characters, expected at least {20 * length}")
-    domain = from_vocab(sorted(set(text)), length, path.stem)
+    domain = from_vocab(sorted(set(text)), length, label)
     stream = np.array(domain.encode(text), dtype=np.int32)
     domain.load = lambda: (stream[: len(stream) * 9 // 10], stream[len(stream) * 9 // 10 :])
     return domain
@@ -60,12 +61,12 @@ def split(rows):
     return rows[:cut], rows[cut:]
 
 
-def from_lines(path, text, end="<end>"):
+def from_lines(path, label, text, end="<end>"):
     lines = [line for line in text.splitlines() if line]
     if len(lines) < 2:
         raise ValueError(f"--data {path}: {len(lines)} lines that are not empty, expected at least 2")
     length = max(map(len, lines)) + 1  # room for the end token, which also pads, and is predicted like any other
-    domain = from_vocab(sorted(set("".join(lines))) + [end], length, path.stem, end)
+    domain = from_vocab(sorted(set("".join(lines))) + [end], length, label, end)
     rows = np.full((len(lines), length), len(domain.vocab) - 1, dtype=np.int32)
     for row, line in zip(rows, lines):
         row[: len(line)] = domain.encode(line)
@@ -73,14 +74,14 @@ def from_lines(path, text, end="<end>"):
     return domain
 
 
-def from_tokens(path):
+def from_tokens(path, label):
     try:
         rows = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError):
         raise ValueError(f"--data {path}: not an .npy file, or a damaged one") from None
     if rows.ndim != 2 or rows.dtype.kind not in "iu" or len(rows) < 2 or rows.shape[1] < 1 or rows.min() < 0:
         raise ValueError(f"--data {path}: {rows.dtype} {rows.shape}, expected integers of 0 or more, [N >= 2, L]")
-    domain = from_vocab([str(i) for i in range(int(rows.max()) + 1)], rows.shape[1], path.stem)
+    domain = from_vocab([str(i) for i in range(int(rows.max()) + 1)], rows.shape[1], label)
     domain.load = lambda: split(rows)
     return domain
 
