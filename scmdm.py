@@ -137,6 +137,7 @@ class Config:
     heads: int = 4
     causal: bool = False  # True: an autoregressive model (the judge), else a denoiser that sees all positions
     self_conditioning: bool = False
+    positions: bool = False  # an embedding of each position too: for sequences with a beginning (a molecule, an image)
 
     def __post_init__(self):
         for name in ("vocab_size", "length", "dim", "depth", "heads"):
@@ -184,6 +185,10 @@ class Transformer(nn.Module):
 
     It has no time input. For absorbing diffusion the distribution of the clean tokens given xt does
     not depend on t: xt already shows what is masked (Ou et al. 2024, RADD, arXiv 2406.03736).
+
+    Rotary positions say how far apart two positions are, not where they stand, so that a sequence of
+    nothing but masks looks the same everywhere. That is right for a window of a longer text; for
+    anything that has a first position, set config.positions.
     """
 
     def __init__(self, config):
@@ -192,6 +197,7 @@ class Transformer(nn.Module):
         self.mask_id = config.vocab_size
         self.info = {}  # whatever `save` was told about the model
         self.embed = nn.Embedding(config.vocab_size + 1, config.dim)  # the last row is the mask
+        self.position_embed = nn.Embedding(config.length, config.dim) if config.positions else None
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.norm = nn.LayerNorm(config.dim, bias=False)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -212,6 +218,8 @@ class Transformer(nn.Module):
         h = self.embed(xt)  # [B, L, D]
         if self.self_conditioning is not None and x0_prev is not None:
             h = h + self.self_conditioning(xt, x0_prev)
+        if self.position_embed is not None:
+            h = h + self.position_embed.weight[: xt.shape[1]]
         for block in self.blocks:
             h = block(h)
         return self.head(self.norm(h))  # [B, L, V]

@@ -335,6 +335,7 @@ def main():
     if args.stage in ("pretrain", "judge"):
         causal = args.stage == "judge"
         config = Config(len(domain.vocab), domain.length, args.dim, args.depth, args.heads, causal=causal)
+        config.positions = train.ndim == 2  # rows have a beginning, windows of a stream do not
         model = Transformer(config).to(device)
         size = sum(p.numel() for p in model.parameters())
         if rank == 0:
