@@ -342,7 +342,9 @@ def main():
     domain = data.from_info(info)
     name, length = info["data"], info["length"]
     models = {}
-    for kind, label in (("base", "vanilla"), ("scmdm", "SCMDM")):
+    for kind, label in (("base", "vanilla"), ("continued", "vanilla, trained on"), ("scmdm", "SCMDM")):
+        if kind == "continued" and not (args.evaluate and (folder / "continued.npz").exists()):
+            continue  # the control, trained as much longer as SCMDM but without the signal, is only measured
         if args.model in ("both", kind) and (path := find_model(folder, name, kind)):
             models[label] = model = load(path, device).eval()
             if model.info.get("vocab") != domain.vocab or model.config.length != length or model.config.causal:
