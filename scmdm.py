@@ -435,8 +435,9 @@ def load_arrays(path):
 def save(path, model, **info):
     """Write a Transformer and whatever is to be remembered of it (`info`: JSON values) to one .npz.
 
-    What the model was loaded with is remembered too. One array a parameter, under its PyTorch name and in its own precision (bfloat16, which numpy
-    lacks, as float32; model.half() makes a small file), and `header`, a JSON string: config and info.
+    What the model was loaded with is remembered too. One array a parameter, under its PyTorch name and
+    in its own precision (bfloat16, which numpy lacks, as float32; model.half() makes a small file), and
+    `header`, a JSON string: config and info.
     """
     arrays = {}
     for name, p in model.state_dict().items():

@@ -1002,11 +1002,13 @@ def test_initialisation():
     assert sum(p.numel() for p in model.parameters()) == 51 * 128 + 50 * 128 + 4 * (12 * 128**2 + 2 * 128) + 128
 
 
-@pytest.mark.parametrize("kw", [dict(vocab_size=0), dict(length=0), dict(length=2.0), dict(dim=10**9), dict(dim=12, heads=4), dict(heads=0), dict(depth=True)])
+@pytest.mark.parametrize("kw", [dict(vocab_size=0), dict(length=0), dict(length=2.0), dict(length=10**7 + 1),
+                                dict(dim=10**9), dict(dim=12, heads=4), dict(heads=0), dict(depth=True)])  # fmt: skip
 def test_impossible_models_are_refused(kw):
     """A Config that cannot be is refused by the name of its field; so is a sequence longer than the model's length."""
     with pytest.raises(ValueError, match=f"Config.{next(iter(kw))} is "):
         Config(**{"vocab_size": 3, "length": 4, **kw})
+    assert Config(10**7, 1).vocab_size == 10**7
     with pytest.raises(ValueError, match="xt has 7 positions, expected at most config.length = 6"):
         tiny()(torch.zeros(1, 7, dtype=torch.long))
 
@@ -1471,6 +1473,18 @@ def test_domains(name):
     assert score and all(math.isfinite(v) for v in score.values())
     with pytest.raises(KeyError):
         domain.encode("\x00")
+
+
+@pytest.mark.parametrize("name", data.NAMES)
+def test_shipped_models(name):
+    """A domain ships a base and its adaptation, of its own tokens, whose bound beats guessing; the signal helps the adapted one."""
+    domain = data.get(name)
+    val = sample_py.windows(domain.load()[1], domain.length)[:128]
+    base, adapted = (load(sample_py.SHIPPED / name / f"{kind}.npz") for kind in ("base", "scmdm"))
+    assert base.info["vocab"] == adapted.info["vocab"] == domain.vocab
+    assert not base.config.self_conditioning and adapted.config.self_conditioning
+    vanilla, off, on = (train_py.validate(m, val, rate)[0] for m, rate in ((base, 0.0), (adapted, 0.0), (adapted, 1.0)))
+    assert on < off and max(on, vanilla) < math.log(len(domain.vocab))
 
 
 if __name__ == "__main__":

@@ -216,7 +216,9 @@ def optimise(model, loss_of, train, args, name, out, **more):
             if first < step and rank == 0:
                 save_state(step)
             kept = f"the last good state is in {state}" if state.exists() else "nothing was saved"
-            raise ValueError(f"{name}: stopped at step {step}, loss {loss.item()}, gradient {norm.item()}; {kept}; a run with a lower --lr may do better")
+            signal.signal(signal.SIGINT, hear)
+            found = f"loss {loss.item()}, gradient {norm.item()}"
+            raise ValueError(f"{name}: stopped at step {step}, {found}; {kept}; a run with a lower --lr may do better")
 
         lr = args.lr * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / args.steps)))
         for group in optimiser.param_groups:
