@@ -331,7 +331,7 @@ def main():
     folder = Path(args.models or SHIPPED / args.data)
     if not folder.is_dir():
         if not args.models:
-            raise ValueError(f"--data {args.data}: no models are shipped for it yet; train.py makes them, --models takes them")
+            raise ValueError(f"--data {args.data}: no models are shipped for it; train.py makes them, --models takes them")
         raise ValueError(f"--models {folder}: no such folder")
 
     # The first model says what the tokens are; the other may be the shipped one that it was adapted from.
