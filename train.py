@@ -311,6 +311,10 @@ def main():
     if args.batch_size % world:
         fail(f"--batch-size is {args.batch_size}, expected a multiple of the {world} processes")
     if world > 1:
+        # The optimiser imports this. After the group is made, it would keep the group alive past its
+        # end, and with it Gloo's threads: of which one may still hold a tensor when the interpreter goes.
+        from torch import _dynamo  # noqa: F401
+
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
