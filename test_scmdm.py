@@ -1352,6 +1352,8 @@ TRAIN, SAMPLE = train_py, sample_py
         (TRAIN, ["--data", "{tmp}/binary.txt"], "not UTF-8 text"),
         (TRAIN, ["--data", "{tmp}/empty.txt", "--lines"], "0 lines that are not empty"),
         (TRAIN, ["--data", "{tmp}/floats.npy"], "expected integers"),
+        (TRAIN, ["--data", "{tmp}/negative.npy"], "tokens -1 to -1, expected 0 to"),
+        (TRAIN, ["--data", "{tmp}/huge.npy"], "tokens 1000000000000 to 1000000000000, expected 0 to"),
         (TRAIN, ["--data", "{tmp}/bad.npy"], "not an .npy file"),
         (TRAIN, ["--init", "missing.npz"], "missing.npz: no such file"),
         (TRAIN, ["--init", "{own}/base.npz"], "not a vanilla model of --data text"),
@@ -1384,6 +1386,8 @@ def test_bad_input_gets_one_line(own_model, tmp_path, monkeypatch, capsys, scrip
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 20)
     (tmp_path / "bad.npy").write_text("hello")
     np.save(tmp_path / "floats.npy", np.zeros((3, 4)))
+    np.save(tmp_path / "negative.npy", np.full((3, 4), -1))
+    np.save(tmp_path / "huge.npy", np.full((3, 4), 10**12))
     broken, mixed = tmp_path / "broken", tmp_path / "mixed"
     broken.mkdir(), mixed.mkdir()
     (broken / "base.npz").write_bytes((own_model / "base.npz").read_bytes()[:-200])

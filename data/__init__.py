@@ -79,8 +79,10 @@ def from_tokens(path, label):
         rows = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError):
         raise ValueError(f"--data {path}: not an .npy file, or a damaged one") from None
-    if rows.ndim != 2 or rows.dtype.kind not in "iu" or len(rows) < 2 or rows.shape[1] < 1 or rows.min() < 0:
-        raise ValueError(f"--data {path}: {rows.dtype} {rows.shape}, expected integers of 0 or more, [N >= 2, L]")
+    if rows.ndim != 2 or rows.dtype.kind not in "iu" or len(rows) < 2 or rows.shape[1] < 1:
+        raise ValueError(f"--data {path}: {rows.dtype} {rows.shape}, expected integers [N >= 2, L]")
+    if rows.min() < 0 or rows.max() >= 10**6:  # every token up to the largest has an embedding
+        raise ValueError(f"--data {path}: tokens {rows.min()} to {rows.max()}, expected 0 to 10**6 - 1")
     domain = from_vocab([str(i) for i in range(int(rows.max()) + 1)], rows.shape[1], label)
     domain.load = lambda: split(rows)
     return domain
