@@ -85,9 +85,12 @@ def clock(seconds):
     return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}m{seconds:02}s"
 
 
-def windows(rows, length):
-    """A stream [N] cut into windows [N // length, length], end to end; rows [N, L] as they are."""
-    return rows if rows.ndim == 2 else rows[: len(rows) // length * length].reshape(-1, length)
+def windows(rows, length, most=None):
+    """A stream [N] cut into windows [N // length, length], end to end; rows [N, L] as they are.
+    If there are more than `most`, that many, spread evenly from the first to the last."""
+    if rows.ndim == 1:
+        rows = rows[: len(rows) // length * length].reshape(-1, length)
+    return rows[np.linspace(0, len(rows) - 1, min(len(rows), most or len(rows))).round().astype(int)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -174,9 +177,9 @@ def evaluate(denoisers, domain, val, judge, n, calls, seeds, device, **options):
     is the reference, and its own row says what the measures give when nothing is wrong.
     """
     mask_id, length = len(domain.vocab), val.shape[1]
-    half = len(val) // 2
-    reference = val[:half]
-    real = [val[half:][np.random.default_rng(seed).permutation(len(val) - half)[:n]] for seed in seeds]
+    val = np.random.default_rng(0).permutation(val)  # or its two halves would be different plays, or species
+    reference, rest = np.array_split(val, 2)
+    real = [np.random.default_rng(seed).permutation(rest)[:n] for seed in seeds]
     results = {("real, held out", ""): [measure(domain, x, reference, judge) for x in real]}
     canvas = torch.full((n, length), mask_id, device=device)
     total, done, began = len(seeds) * len(denoisers) * sum(calls), 0, time.time()

@@ -1442,6 +1442,19 @@ def test_generation_makes_the_calls_it_says():
     assert calls == [(n, k == 0) for n in (2, 2, 1) for k in range(3)], "the signal is dropped at each new batch"
 
 
+def test_held_out_data_is_of_all_its_parts():
+    """What is measured on held-out data is spread over all of it: the reference and the row of real data are not one half each."""
+    stream = np.arange(100 * 7)  # 100 windows that go from the first of four species to the last
+    assert (sample_py.windows(stream, 7) == stream.reshape(100, 7)).all()
+    assert (sample_py.windows(stream, 7, 1000) == stream.reshape(100, 7)).all()
+    some = sample_py.windows(stream, 7, 12)
+    assert some.shape == (12, 7) and set(np.diff(some[:, 0]) // 7) == {9} and some[0, 0] == 0 and some[-1, -1] == 699
+    domain = types.SimpleNamespace(vocab="abcd", score=lambda x, reference: {"bias": abs(x.mean() - reference.mean())})
+    val = np.repeat(np.arange(4), 200)[:, None].repeat(6, 1)
+    real = sample_py.evaluate({}, domain, val, None, 200, [4], range(2), torch.device("cpu"))["real, held out", ""]
+    assert len(real) == 2 and max(row["bias"] for row in real) < 5 * math.sqrt(1.25 * (1 / 200 + 1 / 400)), "4 species, variance 1.25"
+
+
 def test_validation_is_the_nelbo():
     """validate() is the mean of diffusion_loss over times spread evenly: for a uniform model log V a token, at all times alike."""
     class Uniform(torch.nn.Module):
@@ -1483,7 +1496,7 @@ def test_domains(name):
 def test_shipped_models(name):
     """A domain ships a base and its adaptation, of its own tokens, whose bound beats guessing; the signal helps the adapted one."""
     domain = data.get(name)
-    val = sample_py.windows(domain.load()[1], domain.length)[: 32768 // domain.length]
+    val = sample_py.windows(domain.load()[1], domain.length, 32768 // domain.length)
     base, adapted = (load(sample_py.SHIPPED / name / f"{kind}.npz") for kind in ("base", "scmdm"))
     assert base.info["vocab"] == adapted.info["vocab"] == domain.vocab
     assert not base.config.self_conditioning and adapted.config.self_conditioning

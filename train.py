@@ -325,7 +325,7 @@ def main():
     out = Path(args.out or f"runs/{name}")
     out.mkdir(parents=True, exist_ok=True)
     train, val = domain.load()
-    val = windows(val, domain.length)[:1000]
+    val = windows(val, domain.length, 1000)
     # what the model file remembers, so that sampling needs no data file
     info = {"data": name, "vocab": domain.vocab, "length": domain.length, "end": getattr(domain, "end", None)}
     info |= {"stage": args.stage, "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed}
