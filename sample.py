@@ -137,10 +137,11 @@ def measure(domain, x, reference, judge):
     return values | domain.score(x, reference)
 
 
-def mean_interval(values):
-    """'mean ± half the width of the 95% interval of the mean', the values being one a seed."""
+def mean_interval(values, digits=None):
+    """'mean ± half the width of the 95% interval of the mean', the values being one a seed; by default with four digits."""
     mean = statistics.mean(values)
-    digits = max(0, 3 - max(0, math.floor(math.log10(abs(mean))))) if mean else 3
+    if digits is None:
+        digits = max(0, 3 - max(0, math.floor(math.log10(abs(mean))))) if mean else 3
     if len(values) < 2:
         return f"{mean:.{digits}f}"
     half = T95[min(len(values) - 2, len(T95) - 1)] * statistics.stdev(values) / math.sqrt(len(values))

@@ -1305,6 +1305,21 @@ def test_main_job_prints_its_table(own_model, monkeypatch, capsys):
     assert "signal switched off: validation NELBO" in out and "by time" in out and "tokens/s" in out and "ms/step" in out
 
 
+def test_several_training_seeds(own_model, tmp_path, monkeypatch, capsys):
+    """--seeds trains each arm once a seed, in a folder of its own, from the one base; the table's intervals are over these runs."""
+    seen = {}
+    monkeypatch.setattr(train_py, "draw_results", lambda results, path: seen.update(results) or "")
+    words = ["--data", own_model / "novel.txt", "--init", own_model / "base.npz", "--out", tmp_path, "--seeds", 2, "--seed", 5, "--steps", 2]
+    code, out, err = run_command(monkeypatch, capsys, train_py, *words, "-n", 4, "--eval-seeds", 3, "--eval-steps", 2)
+    assert code == 0 and "over training seeds" in out and out.count("vanilla: validation") == 1, err
+    assert all(len(values) == 2 for values in seen.values())
+    one, two = (load(tmp_path / f"seed{seed}" / "scmdm.npz") for seed in (5, 6))
+    assert (one.info["seed"], two.info["seed"]) == (5, 6) and not torch.equal(one.head.weight, two.head.weight)
+    alone = tmp_path / "alone"
+    run_command(monkeypatch, capsys, train_py, *words[:4], "--out", alone, "--seed", 6, "--steps", 2, "--eval-seeds", 0)
+    assert torch.equal(load(alone / "scmdm.npz").head.weight, two.head.weight), "a seed's run depends on the others"
+
+
 def test_a_resumed_main_job_does_not_train_again(own_model, monkeypatch, capsys):
     """--resume takes an arm that was finished as it is."""
     words = ["--data", own_model / "novel.txt", "--out", own_model / "again", "--init", own_model / "base.npz", "--steps", 2, "--eval-seeds", 0]
@@ -1342,6 +1357,7 @@ TRAIN, SAMPLE = train_py, sample_py
     [
         (TRAIN, ["--steps", "0"], "--steps is 0, expected"),
         (TRAIN, ["--batch-size", "-1"], "--batch-size is -1"),
+        (TRAIN, ["--seeds", "0"], "--seeds is 0, expected"),
         (TRAIN, ["--self-cond-rate", "1.5"], "--self-cond-rate is 1.5"),
         (TRAIN, ["--self-cond-rate", "nan"], "--self-cond-rate is nan"),
         (TRAIN, ["--lr", "0"], "--lr is 0"),

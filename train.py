@@ -15,6 +15,7 @@ import math
 import os
 import shlex
 import signal
+import statistics
 import sys
 import time
 from dataclasses import asdict
@@ -33,6 +34,7 @@ from sample import (
     find_model,
     judge_nll,
     load_judge,
+    mean_interval,
     pick_device,
     print_table,
     run,
@@ -86,6 +88,7 @@ def parse():
     a("--depth", type=int, default=4, help="pretrain, judge: blocks (default: 4)")
     a("--heads", type=int, default=4, help="pretrain, judge: attention heads (default: 4)")
     a("--seed", type=int, default=0, help="of weights, batches and noise (default: 0)")
+    a("--seeds", type=int, default=1, help="adapt: train with so many seeds, from --seed on, for one table (default: 1)")
     a("--device", default="auto", help="auto, cpu, cuda or mps (default: auto, the fastest there is)")
     a("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrix products (default: float32)")
     a("--compile", action="store_true", help="torch.compile: a minute to start, a fifth faster; needs a C++ compiler")
@@ -98,7 +101,7 @@ def parse():
     args = p.parse_args()
     args.steps = STEPS[args.stage] if args.steps is None else args.steps
     args.lr = LR[args.stage] if args.lr is None else args.lr
-    for flag in ("--steps", "--batch-size", "-n", "--dim", "--depth", "--heads"):
+    for flag in ("--steps", "--batch-size", "-n", "--dim", "--depth", "--heads", "--seeds"):
         value = getattr(args, flag.strip("-").replace("-", "_"))
         if value < 1:
             fail(f"{flag} is {value}, expected 1 or more")
@@ -331,12 +334,12 @@ def main():
     info |= {"stage": args.stage, "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed}
     torch.manual_seed(args.seed)
 
-    def finish(model, file, **more):
+    def finish(model, folder, file, **more):
         model.eval()
         if rank == 0:
-            save(out / f"{file}.npz", copy.deepcopy(model).half(), **info, **more)  # float16: half the size
-            (out / f"{file}.state.npz").unlink(missing_ok=True)
-            print(f"saved {out / file}.npz")
+            save(folder / f"{file}.npz", copy.deepcopy(model).half(), **info, **more)  # float16: half the size
+            (folder / f"{file}.state.npz").unlink(missing_ok=True)
+            print(f"saved {folder / file}.npz")
 
     if args.stage in ("pretrain", "judge"):
         causal = args.stage == "judge"
@@ -348,13 +351,13 @@ def main():
             print(f"{args.stage} on {name}: {size:,} parameters, {train.size:,} tokens, {args.steps} steps on {device}")
         if causal:
             model = optimise(model, lambda m, x0, _: judge_nll(m, x0), train, args, "judge", out)
-            finish(model, "judge")
+            finish(model, out, "judge")
             loss = validate_judge(model, val)
             if rank == 0:
                 print(f"judge: validation {loss:.4f} nats/token, perplexity {math.exp(loss):.3f}")
         else:
             model = optimise(model, diffusion_at(0.0), train, args, "base", out)
-            finish(model, "base")
+            finish(model, out, "base")
             if rank == 0:
                 report("base", *validate(model, val, 0.0))
         return
@@ -376,37 +379,53 @@ def main():
         ARMS[arms[-1]] = (args.self_cond_rate, "scmdm")
     began = time.time()
     if rank == 0:
-        print(f"adapt on {name}: {len(rates)} run(s) of {args.steps} steps on {device}, then a table of {len(arms)} models.")
+        runs = len(rates) * args.seeds
+        print(f"adapt on {name}: {runs} run(s) of {args.steps} steps on {device}, then a table of {len(arms)} models.")
         print("The defaults take at most 10 minutes on two CPU cores; ^C saves and says how to resume.")
 
-    models, nelbos = {}, {}
-    for arm in arms:
-        rate, file = ARMS[arm]
-        models[arm] = base.eval()
-        done = out / f"{file}.npz"  # a resumed run does not train again what it had finished
-        if rate is not None and args.resume and done.exists() and not (out / f"{file}.state.npz").exists():
-            models[arm] = load(done, device).eval()
-            if models[arm].info != {**info, "self_cond_rate": rate}:
-                fail(f"--resume: {done} is of a run with other settings; without --resume it is trained again")
-        elif rate is not None:
-            model = add_self_conditioning(base) if rate > 0 else copy.deepcopy(base)
-            models[arm] = optimise(model, diffusion_at(rate), train, args, file, out, rate=rate, base=str(path))
-            finish(models[arm], file, self_cond_rate=rate)
-        nelbo, by_time = validate(models[arm], val, 1.0 if rate else 0.0)
-        nelbos[arm] = f"{nelbo:.4f}"
-        if rank == 0:
-            report(arm, nelbo, by_time)
-            if rate:
-                report(f"{arm}, signal switched off", *validate(models[arm], val, 0.0))
+    judge = load_judge(out, domain, name, device)
+    results, nelbos = {}, {}
+    for seed in range(args.seed, args.seed + args.seeds):
+        args.seed = info["seed"] = seed
+        folder = out / f"seed{seed}" if args.seeds > 1 else out
+        folder.mkdir(exist_ok=True)
+        models = {}
+        for arm in arms:
+            rate, file = ARMS[arm]
+            done = folder / f"{file}.npz"
+            if rate is None:
+                models[arm] = base.eval()
+                if arm in nelbos:
+                    continue  # it is one model, whatever the seed
+            elif args.resume and done.exists() and not (folder / f"{file}.state.npz").exists():
+                models[arm] = load(done, device).eval()  # a resumed run does not train again what it had finished
+                if not {**info, "self_cond_rate": rate}.items() <= models[arm].info.items():
+                    fail(f"--resume: {done} is of a run with other settings; without --resume it is trained again")
+            else:
+                model = add_self_conditioning(base) if rate > 0 else copy.deepcopy(base)
+                models[arm] = optimise(model, diffusion_at(rate), train, args, file, folder, rate=rate, base=str(path))
+                finish(models[arm], folder, file, self_cond_rate=rate)
+            nelbo, by_time = validate(models[arm], val, 1.0 if rate else 0.0)
+            nelbos.setdefault(arm, []).append(nelbo)
+            if rank == 0:
+                report(arm, nelbo, by_time)
+                if rate:
+                    report(f"{arm}, signal switched off", *validate(models[arm], val, 0.0))
+        if rank == 0 and args.eval_seeds:
+            sampling = range(seed * args.eval_seeds, (seed + 1) * args.eval_seeds)
+            for key, rows in evaluate(models, domain, val, judge, args.n, args.eval_steps, sampling, device).items():
+                if args.seeds > 1:  # one value a training seed, so that the interval is over those
+                    rows = [{measure: statistics.mean(row[measure] for row in rows) for measure in rows[0]}]
+                results.setdefault(key, []).extend(rows)
 
-    if rank == 0 and args.eval_seeds:
-        judge = load_judge(out, domain, name, device)
-        results = evaluate(models, domain, val, judge, args.n, args.eval_steps, range(args.eval_seeds), device)
+    if results:
         print()
-        print_table([{"model": row["model"], "NELBO": nelbos.get(row["model"], "")} | row for row in table_of(results)])
-        print("NELBO in nats a token; intervals are 95%, over sampling seeds. In all: " + clock(time.time() - began))
+        bounds = {arm: mean_interval(values, digits=4) for arm, values in nelbos.items()}
+        print_table([{"model": row["model"], "NELBO": bounds.get(row["model"], "")} | row for row in table_of(results)])
+        seeds = "training" if args.seeds > 1 else "sampling"
+        print(f"NELBO in nats a token; intervals are 95%, over {seeds} seeds. In all: {clock(time.time() - began)}")
         print(draw_results(results, out / "results.png"))
-        print(f"Look at what it writes: python sample.py --models {out}")
+        print(f"Look at what it writes: python sample.py --models {folder}")
 
 
 if __name__ == "__main__":
