@@ -34,7 +34,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-T_MIN = 1e-3  # the loss has a weight of 1/t: below this floor it would be all variance
+T_MIN = 1e-3  # the smallest time the loss looks at: towards t = 0 ever rarer masks have ever larger weights, 1/t
 
 # ---------------------------------------------------------------------------------------------
 # 1. The schedule
@@ -54,8 +54,9 @@ COSINE = Schedule(  # MD4's and MaskGIT's: reveals few tokens at first, when lit
     lambda t: -math.pi / 2 * torch.cos(math.pi / 2 * t),
 )
 
+
 def unmask_prob(s, t, schedule=LINEAR):
-    """Probability that a position masked at t is revealed by s < t. A revealed token is never masked again, so alpha says it all."""
+    """Probability that a position masked at t > 0 is revealed by s < t: P(visible at s and masked at t) / P(masked at t)."""
     return (schedule.alpha(s) - schedule.alpha(t)) / (1 - schedule.alpha(t))
 
 
@@ -65,12 +66,12 @@ def unmask_prob(s, t, schedule=LINEAR):
 
 
 def uniform(shape, device, generator=None):
-    """Uniform numbers in [0, 1): the only source of randomness in this file, so that a port can replay it.
+    """Uniform numbers in [0, 1): all the randomness of the loss and of the sampler, so that a port can replay it.
 
     In float64, because float32 is too coarse for rare tokens at many steps: a float32 Gumbel draw
     starves them (Zheng et al. 2024, arXiv 2409.02908). Apple's mps has no float64 and makes do with float32.
-    The order of the draws: the loss takes times (1,), masks (B, L), who is given the signal (B,);
-    the sampler, at each step, which masks to reveal (B, L), then the tokens (B, L).
+    The order of the draws: the loss takes times (1,) unless they are given, masks (B, L), and who gets
+    the signal (B,); the sampler, at each step, which masks to reveal (B, L), then the tokens (B, L).
     """
     dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
     return torch.rand(shape, dtype=dtype, device=device, generator=generator)
@@ -79,15 +80,15 @@ def uniform(shape, device, generator=None):
 def q_sample(x0, t, mask_id, *, frozen=None, schedule=LINEAR, generator=None):
     """Draw xt from q(xt | x0): each token is kept with probability alpha(t), else it becomes the mask.
 
-    x0 [B, L] integer tokens; t a number or [B], one time a sequence; frozen [B, L] bool, positions
+    x0 [B, L] int64 tokens; t a number or [B], one time a sequence; frozen [B, L] bool, positions
     that are never masked. Returns xt [B, L]. From the same generator state, a larger t masks a superset.
     """
     u = uniform(x0.shape, x0.device, generator)  # [B, L]
     t = torch.as_tensor(t, dtype=u.dtype, device=u.device).reshape(-1, 1)  # [B, 1] or [1, 1]
-    move = u < 1 - schedule.alpha(t)  # [B, L]
+    masked = u < 1 - schedule.alpha(t)  # [B, L]
     if frozen is not None:
-        move = move & ~frozen
-    return torch.where(move, mask_id, x0)
+        masked = masked & ~frozen
+    return torch.where(masked, mask_id, x0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -117,7 +118,7 @@ class SelfConditioning(nn.Module):
         self.W = nn.Parameter(embedding.weight.new_zeros(dim, dim))
 
     def forward(self, xt, x0_prev=None):
-        """xt [B, L]; x0_prev [B, L, V] probabilities, all zero (or None) for no signal -> [B, L, D], then exactly zero."""
+        """xt [B, L]; x0_prev [B, L, V] probabilities -> [B, L, D]. No signal is all zeros, or None: the result is exactly zero."""
         E = self.shared[0].weight  # [V+1, D]
         if x0_prev is None:
             return E.new_zeros(*xt.shape, E.shape[1])
@@ -253,20 +254,22 @@ def diffusion_loss(
 ):
     """Estimate of the continuous-time NELBO, an upper bound of -log p(x0), of each sequence. [B], nats a sequence.
 
-        E_t [ weight(t) * sum over masked i of -log p(x0_i | xt, x0_prev) ],  weight = -alpha' / (1 - alpha) > 0
+        E_t [ weight(t) * sum over masked i of -log p(x0_i | xt, x0_prev) ],  weight = -alpha' / (1 - alpha)
+
+    The weight is the rate at which masks are lifted at t: unmask_prob(t - dt, t) = weight(t) dt. So the
+    loss adds up what each token costs at the moment it is revealed, over the whole way from t = 1 to 0.
 
     denoiser: any callable (xt [B, L], x0_prev [B, L, V] or None) -> logits [B, L, V]; x0 [B, L]
     tokens, none of them the mask. self_cond_rate: the probability, for each sequence, that the
     denoiser is given its own first prediction: 1 is SCMDM, 0.5 the habit when training from scratch,
-    0 vanilla training. At rate 1 the first prediction is itself never scored: it is good already,
-    because the model was pretrained. frozen [B, L] bool: positions never masked and never scored.
+    0 vanilla training. At rate 1 the first prediction itself is never scored: pretraining has made it
+    good. frozen [B, L] bool: positions never masked and never scored.
     t [B]: the times, if not to be drawn (the floor applies to them too).
 
     At rate 1 this bounds the likelihood of the two-pass model. `sample` makes one call a step and gives
     it an older prediction, so that this is a measure of the denoiser, and not of what `sample` draws.
-    The weight is that of MD4 (Shi et al. 2024, arXiv 2406.04329) and MDLM (Sahoo et al. 2024, arXiv
-    2406.07524), 1/t for the linear schedule: at small t few tokens are masked, and each stands for
-    many. The value does not depend on the schedule. Raises ValueError if self_cond_rate is outside [0, 1].
+    The bound is that of MD4 (Shi et al. 2024, arXiv 2406.04329) and MDLM (Sahoo et al. 2024, arXiv
+    2406.07524); for the linear schedule the weight is 1/t. Its value does not depend on the schedule. Raises ValueError if self_cond_rate is outside [0, 1].
     """
     if not 0 <= self_cond_rate <= 1:
         raise ValueError(f"self_cond_rate is {self_cond_rate}, expected a number from 0 to 1")
@@ -314,7 +317,7 @@ def draw(probs, u):
     return torch.searchsorted(cdf / cdf[..., -1:], u[..., None], right=True)[..., 0]
 
 
-def shape_probs(logits, temperature, top_p):
+def token_probs(logits, temperature, top_p):
     """The distribution tokens are drawn from: softmax(logits / temperature), cut to the smallest nucleus of mass top_p."""
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
@@ -350,8 +353,9 @@ def sample(
     order: "random" follows the diffusion process; "confidence" reveals as many as the schedule
     expects, those whose drawn token the model thinks likeliest first (as MaskGIT, arXiv 2202.04200,
     without the noise it adds to the confidence).
-    on_step(step, x, x0_prev): called after each call with the new state and the prediction behind it.
-    Raises ValueError for steps < 1, temperature < 0, top_p outside (0, 1], an unknown order, or NaN logits.
+    on_step(step, x, x0_prev): called after each step with the new state and the prediction it was drawn from.
+    Raises ValueError for steps < 1, temperature < 0, top_p outside (0, 1], an unknown order, or logits
+    that are no distribution (NaN, +inf, or all -inf).
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}, expected 1 or more")
@@ -367,8 +371,8 @@ def sample(
     for step in range(steps):
         # The signal changes at every call, so the call is made even if no token has changed.
         logits = without_mask(denoiser(x, x0_prev), mask_id)  # [B, L, V]
-        if logits.isnan().any():
-            raise ValueError(f"the denoiser gave logits that are NaN at step {step}")
+        if not logits.amax(-1).isfinite().all():
+            raise ValueError(f"the denoiser gave logits that are NaN or infinite at step {step}")
         x0_prev = logits.softmax(-1)  # [B, L, V]: what the next call is given
 
         u_reveal = uniform(x.shape, x.device, generator)  # [B, L]
@@ -380,7 +384,7 @@ def sample(
         # Which token, and whether it is revealed, are two separate draws, by inverting a cumulative sum
         # in float64: one Gumbel draw over {tokens, mask} in float32 would starve rare tokens. At s = 0
         # every mask is revealed.
-        token = draw(shape_probs(logits.to(u_token.dtype), temperature, top_p), u_token)  # [B, L]
+        token = draw(token_probs(logits.to(u_token.dtype), temperature, top_p), u_token)  # [B, L]
         if order == "random":
             reveal = u_reveal < unmask_prob(s, t, schedule)  # [B, L]
         else:

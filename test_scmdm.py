@@ -557,7 +557,7 @@ def test_temperature_shapes_the_draw(temperature):
 def test_top_p_keeps_the_smallest_nucleus(V, seed, top_p):
     """top_p keeps the likeliest tokens, as few as have a mass of at least top_p, in their proportions, and at least one."""
     logits = torch.randn(1, 1, V, generator=rng(seed), dtype=torch.float64) * 2
-    p, kept = logits.softmax(-1)[0, 0], scmdm.shape_probs(logits, 1.0, top_p)[0, 0]
+    p, kept = logits.softmax(-1)[0, 0], scmdm.token_probs(logits, 1.0, top_p)[0, 0]
     order = p.argsort(descending=True)
     smallest = next((k for k in range(1, V) if p[order[:k]].sum() >= top_p), V)
     assert torch.equal((kept > 0).nonzero()[:, 0], order[:smallest].sort().values)
@@ -633,10 +633,11 @@ def test_sampler_refuses(kw, name):
 
 
 @pytest.mark.parametrize("order", ["random", "confidence"])
-def test_nan_logits_are_not_silent(order):
-    """A denoiser that gives NaN gets an error, not a canvas with masks in it."""
-    with pytest.raises(ValueError, match="NaN"):
-        sample(lambda xt, _: torch.full((*xt.shape, 3), math.nan), torch.full((2, 4), 3), 3, 2, order=order)
+@pytest.mark.parametrize("wrong", [[0, math.nan, 0], [0, math.inf, 0], [-math.inf] * 3])
+def test_logits_that_are_no_distribution_are_not_silent(wrong, order):
+    """A denoiser that gives NaN, +inf, or -inf for every token gets an error, not a canvas with masks in it."""
+    with pytest.raises(ValueError, match="NaN or infinite at step 0"):
+        sample(lambda xt, _: torch.tensor(wrong).expand(*xt.shape, 3), torch.full((2, 4), 3), 3, 2, order=order)
 
 
 def test_sampling_keeps_no_graph():
@@ -922,6 +923,7 @@ def np_forward(w, heads, xt, x0_prev=None, causal=False):
 def np_loss(w, heads, x0, t, u_mask):
     """SCMDM's loss at rate 1 and fixed times t [B] and uniforms u_mask [B, L], linear schedule. [B] nats."""
     V = w["embed.weight"].shape[0] - 1
+    t = np.maximum(t, 1e-3)  # the floor
     xt = np.where(u_mask < t[:, None], V, x0)  # 1 - alpha(t) = t
     x0_prev = np_softmax(np_forward(w, heads, xt))
     logp = np.log(np_softmax(np_forward(w, heads, xt, x0_prev)))
@@ -936,7 +938,8 @@ def np_sample(w, heads, x, u_reveal, u_token):
         x0_prev = np_softmax(np_forward(w, heads, x, x0_prev))
         t, s = 1 - k / steps, 1 - (k + 1) / steps
         reveal = u_reveal[k] < (t - s) / t
-        token = (np.cumsum(x0_prev, -1) > u_token[k][..., None]).argmax(-1)
+        cdf = np.cumsum(x0_prev, -1)
+        token = (cdf / cdf[..., -1:] > u_token[k][..., None]).argmax(-1)  # divided, or rounding may leave it short of u
         x = np.where((x == V) & reveal, token, x)
     return x
 
@@ -1026,7 +1029,8 @@ def make_golden():
     xt = rand.integers(0, 6, (2, 8))
     xt[:, ::3] = 5
     x0_prev = np_softmax(2 * rand.standard_normal((2, 8, 5))).astype(np.float32)
-    x0, t, u_mask = rand.integers(0, 5, (4, 8)), np.array([0.15, 0.4, 0.65, 0.9]), rand.random((4, 8))
+    x0, t, u_mask = rand.integers(0, 5, (4, 8)), np.array([0.0004, 0.4, 0.65, 0.9]), rand.random((4, 8))
+    u_mask[0, 3] = 0.0006  # masked only because the first time is raised to the floor
     canvas = np.full((2, 8), 5)
     canvas[1, 2:4] = 1, 3
     u_reveal, u_token = rand.random((2, 6, 2, 8))
