@@ -57,7 +57,7 @@ def pick_device(name):
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if found[kind])
     kind, _, number = name.partition(":")
-    if kind not in found or number and not (kind == "cuda" and number.isdigit()):
+    if kind not in found or name != kind and not (kind == "cuda" and number.isdigit()):
         raise ValueError(f"--device is {name!r}, expected auto, cpu, cuda, cuda:N or mps")
     if not found[kind] or number and int(number) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: there is none on this machine, expected auto or cpu")
@@ -174,14 +174,16 @@ def evaluate(denoisers, domain, val, judge, n, calls, seeds, device, **options):
     """{(model, calls): [{measure: value}, one a seed]}: real data first, then each denoiser at each number of calls.
 
     denoisers {name: callable}; n sequences a seed. Every model gets the same seeds and the same number of calls, and
-    they take turns, so that a machine that slows down slows them all. val [N, L], real windows,
-    is the reference, and its own row says what the measures give when nothing is wrong.
+    they take turns, so that a machine that slows down slows them all. val [N, L] are real windows: one half is the
+    reference, and the row of the other, a part of it a seed, says what the measures give when nothing is wrong.
     """
     mask_id, length = len(domain.vocab), val.shape[1]
     val = np.random.default_rng(0).permutation(val)  # or its two halves would be different plays, or species
     reference, rest = np.array_split(val, 2)
-    real = [np.random.default_rng(seed).permutation(rest)[:n] for seed in seeds]
-    results = {("real, held out", ""): [measure(domain, x, reference, judge) for x in real]}
+    most = max(1, len(rest) // len(seeds))
+    parts = np.random.default_rng(seeds[0]).permutation(rest)[: min(n, most) * len(seeds)]
+    label = "real, held out" if n <= most else f"real, held out ({most} each)"
+    results = {(label, ""): [measure(domain, x, reference, judge) for x in np.array_split(parts, min(len(seeds), len(parts)))]}
     canvas = torch.full((n, length), mask_id, device=device)
     total, done, began = len(seeds) * len(denoisers) * sum(calls), 0, time.time()
     for steps, seed in itertools.product(calls, seeds):
@@ -267,10 +269,15 @@ def canvas_of(prompt, domain, length):
 def draw_frame(domain, x, guess, mask_id, width, colour):
     """A state x [L] as lines of text, each `width` wide. A masked position shows its current guess, dim."""
     lines, line, used = [], "", 0
+    end = domain.vocab.index(domain.end) if getattr(domain, "end", None) else None
     for i, (token, likely) in enumerate(zip(x.tolist(), guess.tolist())):
         masked = token == mask_id
         shown = likely if masked else token
         cell = domain.cell(shown) if hasattr(domain, "cell") else domain.decode([shown])
+        if shown == end:
+            if not masked:
+                break  # what follows is padding
+            cell = "."  # a guess that the sequence ends here
         end_of_row = cell == "\n" and not masked or (i + 1) % getattr(domain, "row", len(x) + 1) == 0
         cell = cell.replace("\n", "↵" if masked else "") + getattr(domain, "join", "")
         if used + len(cell) > width:
@@ -283,7 +290,7 @@ def draw_frame(domain, x, guess, mask_id, width, colour):
         if end_of_row:
             lines.append(line + " " * (width - used))
             line, used = "", 0
-    return [*lines, line + " " * (width - used)]
+    return [*lines, line + " " * (width - used)] if used or not lines else lines
 
 
 def side_by_side(columns, width):
@@ -296,7 +303,7 @@ def parse():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = fail
     a = p.add_argument
-    a("--data", default="text", help=f"whose shipped models: {', '.join(data.NAMES)} (default: text)")
+    a("--data", help=f"whose shipped models: {', '.join(data.NAMES)} (default: text)")
     a("--models", help="folder of models trained with train.py, instead: base.npz, scmdm.npz, judge.npz")
     a("--model", choices=("both", "base", "scmdm"), default="both", help="which of them (default: both)")
     a("--prompt", help="known tokens, with a _ for each blank; what follows its end is written too")
@@ -322,8 +329,10 @@ def parse():
         fail(f"--top-p is {args.top_p}, expected more than 0 and at most 1")
     if not 0 <= args.seed < 2**31:
         fail(f"--seed is {args.seed}, expected 0 to 2**31 - 1")
-    if args.data not in data.NAMES and not args.models:
+    if args.data not in (None, *data.NAMES) and not args.models:
         fail(f"--data is {args.data!r}, expected one of {', '.join(data.NAMES)}; for models of your own, --models DIR")
+    if args.evaluate and args.n < 2:
+        fail(f"-n is {args.n}, expected 2 or more to evaluate")
     if len(args.steps) > 1 and not args.evaluate:
         fail(f"--steps is {args.steps}, expected one number without --evaluate")
     return args
@@ -332,7 +341,7 @@ def parse():
 def main():
     args = parse()
     device = pick_device(args.device)
-    folder = Path(args.models or SHIPPED / args.data)
+    folder = Path(args.models or SHIPPED / (args.data or "text"))
     if not folder.is_dir():
         if not args.models:
             raise ValueError(f"--data {args.data}: no models are shipped for it; train.py makes them, --models takes them")
@@ -341,10 +350,12 @@ def main():
     # The first model says what the tokens are; the other may be the shipped one that it was adapted from.
     first = next((path for kind in ("scmdm", "base") if (path := folder / f"{kind}.npz").exists()), None)
     info = load(first).info if first else {}
-    if "vocab" not in info:
+    if not {"vocab", "data", "length", "end"} <= info.keys():
         raise ValueError(f"{folder}: no base.npz or scmdm.npz made by train.py")
     domain = data.from_info(info)
     name, length = info["data"], info["length"]
+    if args.data not in (None, name):
+        fail(f"--data is {args.data}, but the models in {folder} are of {name}")
     models = {}
     for kind, label in (("base", "vanilla"), ("continued", "vanilla, trained on"), ("scmdm", "SCMDM")):
         if kind == "continued" and not (args.evaluate and (folder / "continued.npz").exists()):
@@ -384,7 +395,8 @@ def main():
         film = []  # the frames of the first sequence
 
         def on_step(step, x, x0_prev):
-            film.append(draw_frame(domain, x[0], x0_prev[0].argmax(-1), mask_id, width, sys.stdout.isatty()))
+            if len(film) < args.steps[0]:  # not those of the batches after the first
+                film.append(draw_frame(domain, x[0], x0_prev[0].argmax(-1), mask_id, width, sys.stdout.isatty()))
 
         watch = {"on_step": on_step} if args.watch else {}
         samples[label], seconds, _ = generate(model, canvas, mask_id, args.steps[0], args.seed, **options, **watch)
@@ -398,8 +410,6 @@ def main():
             print(side_by_side(columns, width), flush=True)
             if sys.stdout.isatty():
                 time.sleep(max(0.03, 4 / args.steps[0]))  # the whole film takes some four seconds
-        if args.n == 1:
-            return
         print()
     print(" | ".join(label.ljust(width) for label in models).rstrip())
     for i in range(args.n):

@@ -18,6 +18,7 @@ import signal
 import statistics
 import sys
 import time
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -115,6 +116,12 @@ def parse():
         fail(f"--seed is {args.seed}, expected 0 to 2**31 - 1")
     if args.eval_seeds < 0:
         fail(f"--eval-seeds is {args.eval_seeds}, expected 0 or more")
+    adapting = {"--self-cond-rate": args.self_cond_rate, "--init": args.init, "--seeds": args.seeds > 1, "--arms": args.arms == "all"}
+    for flag, given in adapting.items():
+        if given not in (None, False) and args.stage != "adapt":
+            fail(f"{flag} with --stage {args.stage}: it is for --stage adapt")
+    if args.self_cond_rate is not None and args.arms == "all":
+        fail("--self-cond-rate with --arms all: expected one of the two")
     if args.self_cond_rate is not None and not 0 <= args.self_cond_rate <= 1:
         fail(f"--self-cond-rate is {args.self_cond_rate}, expected a number from 0 to 1")
     return args
@@ -123,6 +130,11 @@ def parse():
 # ---------------------------------------------------------------------------------------------
 # One optimisation run
 # ---------------------------------------------------------------------------------------------
+
+
+def processes():
+    """(which process this is, of how many), as torchrun says in the environment."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def batch_of(train, length, size, generator):
@@ -142,16 +154,15 @@ def optimise(model, loss_of, train, args, name, out, **more):
     (seed, k, process) alone, so a resumed run is equal to one that was never stopped. `more` is what
     else a run must have in common with the one it resumes.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = processes()
     device = next(model.parameters()).device
     length = model.config.length
     generators = torch.Generator(), torch.Generator(device)  # of batches (always on the CPU), of noise
     average = copy.deepcopy(model).requires_grad_(False)
     parameters, averages = dict(model.named_parameters()), list(average.parameters())
-    matrices = [p for n, p in parameters.items() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in parameters.items() if not (p.ndim == 2 and "embed" not in n)]
+    decayed = [[p for n, p in parameters.items() if (p.ndim == 2 and "embed" not in n) == yes] for yes in (True, False)]
     optimiser = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        [{"params": decayed[0], "weight_decay": args.weight_decay}, {"params": decayed[1], "weight_decay": 0.0}],
         lr=args.lr,
         betas=(0.9, 0.98),  # a short memory of squared gradients: the 1/t weight makes them uneven
     )
@@ -183,15 +194,18 @@ def optimise(model, loss_of, train, args, name, out, **more):
         save_arrays(state, arrays, {"step": step, "run": run})
 
     # ^C is heard between two steps, so that what is saved is the state after a whole one; a second ^C at once.
+    # SIGTERM too: it is how torchrun passes ^C on.
     stopped = torch.zeros(1)
+
+    def hear_again():
+        for number, handler in heard.items():
+            signal.signal(number, handler)
 
     def stop(*_):
         stopped.fill_(1)
-        signal.signal(signal.SIGINT, hear)
+        hear_again()
 
-    hear = signal.signal(signal.SIGINT, stop)
-    if world > 1:
-        signal.signal(signal.SIGTERM, stop)  # how torchrun passes ^C on
+    heard = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
     if args.compile:
         model.compile()
@@ -218,8 +232,8 @@ def optimise(model, loss_of, train, args, name, out, **more):
         if not torch.isfinite(norm):  # nothing has been changed yet: the state before this step is good
             if first < step and rank == 0:
                 save_state(step)
-            kept = f"the last good state is in {state}" if state.exists() else "nothing was saved"
-            signal.signal(signal.SIGINT, hear)
+            kept = f"the last good state is in {state}" if step > 0 else "nothing was saved"
+            hear_again()
             found = f"loss {loss.item()}, gradient {norm.item()}"
             raise ValueError(f"{name}: stopped at step {step}, {found}; {kept}; a run with a lower --lr may do better")
 
@@ -248,10 +262,11 @@ def optimise(model, loss_of, train, args, name, out, **more):
             save_state(step + 1)
         if stopping:
             if rank == 0:
-                words = shlex.join(["python", *(w for w in sys.argv if w != "--resume")]) if world == 1 else "the same command and"
+                words = shlex.join([sys.executable, *(w for w in sys.argv if w != "--resume")])
+                words = words if world == 1 else "the same command and"
                 print(f"\nsaved {state}; go on with: {words} --resume")
             sys.exit(130)
-    signal.signal(signal.SIGINT, hear)
+    hear_again()
     return average
 
 
@@ -310,7 +325,7 @@ def diffusion_at(rate):
 def main():
     args = parse()
     device = pick_device(args.device)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = processes()
     if args.batch_size % world:
         fail(f"--batch-size is {args.batch_size}, expected a multiple of the {world} processes")
     if world > 1:
@@ -328,18 +343,20 @@ def main():
     out = Path(args.out or f"runs/{name}")
     out.mkdir(parents=True, exist_ok=True)
     train, val = domain.load()
-    val = windows(val, domain.length, 1000)
+    held_out = windows(val, domain.length)
+    val = windows(val, domain.length, 1000)  # as many as validation has time for
     # what the model file remembers, so that sampling needs no data file
     info = {"data": name, "vocab": domain.vocab, "length": domain.length, "end": getattr(domain, "end", None)}
     info |= {"stage": args.stage, "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed}
     torch.manual_seed(args.seed)
 
     def finish(model, folder, file, **more):
-        model.eval()
+        model.half()  # half the size; what is measured from here on is what the file holds
         if rank == 0:
-            save(folder / f"{file}.npz", copy.deepcopy(model).half(), **info, **more)  # float16: half the size
+            save(folder / f"{file}.npz", model, **info, **more)
             (folder / f"{file}.state.npz").unlink(missing_ok=True)
             print(f"saved {folder / file}.npz")
+        model.float().eval()
 
     if args.stage in ("pretrain", "judge"):
         causal = args.stage == "judge"
@@ -366,66 +383,71 @@ def main():
     path = args.init or find_model(out, name, "base")
     if path is None:
         fail(f"no base to adapt in {out}: train one with --stage pretrain, or name one with --init")
-    base = load(path, device)
+    base = load(path, device).eval()
     if base.info.get("vocab") != domain.vocab or base.config.self_conditioning or base.config.causal:
         fail(f"--init {path}: not a vanilla model of --data {args.data}")
+    content, ours = Path(path).read_bytes(), out / "base.npz"
+    if ours.exists() and ours.read_bytes() != content:
+        fail(f"--init {path}: {ours} is another base, expected an --out without one")
+    info |= {"weight_decay": args.weight_decay, "dtype": args.dtype, "base": zlib.crc32(content)}
+    judge = load_judge(out, domain, name, device)
+
+    arms = {arm: row for arm, row in ARMS.items() if args.arms == "all" or arm in ("vanilla", "SCMDM rate 1")}
     if args.self_cond_rate is not None:
-        rates = [args.self_cond_rate]
-    else:
-        rates = [1.0] if args.arms == "two" else [0.0, 0.5, 1.0]
-    arms = [arm for arm, (rate, _) in ARMS.items() if rate is None or rate in rates]
-    if args.self_cond_rate not in (None, 0.0, 0.5, 1.0):
-        arms.append(f"SCMDM rate {args.self_cond_rate:g}")
-        ARMS[arms[-1]] = (args.self_cond_rate, "scmdm")
+        known = {rate: arm for arm, (rate, _) in ARMS.items()}
+        arm = known.get(args.self_cond_rate, f"SCMDM rate {args.self_cond_rate:g}")
+        arms = {"vanilla": ARMS["vanilla"], arm: ARMS.get(arm, (args.self_cond_rate, "scmdm"))}
     began = time.time()
     if rank == 0:
-        runs = len(rates) * args.seeds
-        print(f"adapt on {name}: {runs} run(s) of {args.steps} steps on {device}, then a table of {len(arms)} models.")
-        print("The defaults take at most 10 minutes on two CPU cores; ^C saves and says how to resume.")
+        if not ours.exists():
+            ours.write_bytes(content)  # so that sample.py --models OUT compares with the base that was adapted
+        runs = (len(arms) - 1) * args.seeds
+        print(f"adapt {path}: {runs} run(s) of {args.steps} steps on {device}, then a table of {len(arms)} models.")
+        print("With the defaults this takes at most 10 minutes on two CPU cores; ^C saves and says how to resume.")
 
-    judge = load_judge(out, domain, name, device)
-    results, nelbos = {}, {}
+    trained, nelbos = {}, {}
     for seed in range(args.seed, args.seed + args.seeds):
-        args.seed = info["seed"] = seed
-        folder = out / f"seed{seed}" if args.seeds > 1 else out
+        folder = out if seed == args.seed else out / f"seed{seed}"
         folder.mkdir(exist_ok=True)
-        models = {}
-        for arm in arms:
-            rate, file = ARMS[arm]
+        settings = argparse.Namespace(**{**vars(args), "seed": seed})
+        info["seed"] = seed
+        models = trained[seed] = {"vanilla": base}
+        for arm, (rate, file) in arms.items():
             done = folder / f"{file}.npz"
-            if rate is None:
-                models[arm] = base.eval()
-                if arm in nelbos:
-                    continue  # it is one model, whatever the seed
-            elif args.resume and done.exists() and not (folder / f"{file}.state.npz").exists():
+            if rate is not None and args.resume and done.exists() and not (folder / f"{file}.state.npz").exists():
                 models[arm] = load(done, device).eval()  # a resumed run does not train again what it had finished
                 if not {**info, "self_cond_rate": rate}.items() <= models[arm].info.items():
                     fail(f"--resume: {done} is of a run with other settings; without --resume it is trained again")
-            else:
+            elif rate is not None:
                 model = add_self_conditioning(base) if rate > 0 else copy.deepcopy(base)
-                models[arm] = optimise(model, diffusion_at(rate), train, args, file, folder, rate=rate, base=str(path))
+                more = {"rate": rate, "base": info["base"]}
+                models[arm] = optimise(model, diffusion_at(rate), train, settings, file, folder, **more)
                 finish(models[arm], folder, file, self_cond_rate=rate)
+            elif arm in nelbos:
+                continue  # the base is one model, whatever the seed
             nelbo, by_time = validate(models[arm], val, 1.0 if rate else 0.0)
             nelbos.setdefault(arm, []).append(nelbo)
             if rank == 0:
                 report(arm, nelbo, by_time)
                 if rate:
                     report(f"{arm}, signal switched off", *validate(models[arm], val, 0.0))
-        if rank == 0 and args.eval_seeds:
+
+    if rank == 0 and args.eval_seeds:
+        results = {}
+        for seed, models in trained.items():
             sampling = range(seed * args.eval_seeds, (seed + 1) * args.eval_seeds)
-            for key, rows in evaluate(models, domain, val, judge, args.n, args.eval_steps, sampling, device).items():
+            for key, rows in evaluate(models, domain, held_out, judge, args.n, args.eval_steps, sampling, device).items():
                 if args.seeds > 1:  # one value a training seed, so that the interval is over those
                     rows = [{measure: statistics.mean(row[measure] for row in rows) for measure in rows[0]}]
                 results.setdefault(key, []).extend(rows)
-
-    if results:
         print()
         bounds = {arm: mean_interval(values, digits=4) for arm, values in nelbos.items()}
         print_table([{"model": row["model"], "NELBO": bounds.get(row["model"], "")} | row for row in table_of(results)])
-        seeds = "training" if args.seeds > 1 else "sampling"
+        seeds = f"{args.seeds} training" if args.seeds > 1 else f"{args.eval_seeds} sampling"
         print(f"NELBO in nats a token; intervals are 95%, over {seeds} seeds. In all: {clock(time.time() - began)}")
         print(draw_results(results, out / "results.png"))
-        print(f"Look at what it writes: python sample.py --models {folder}")
+        if "SCMDM rate 1" in arms:
+            print(f"Look at what it writes: {shlex.join([sys.executable, 'sample.py', '--models', str(out)])}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ def get(name, lines=False):
     """The domain `name`: one of NAMES, or the path of a file: UTF-8 text, one sequence a line with `lines`,
     or a .npy of integers [N, L]. Raises ValueError, in one line, for a file that cannot be used."""
     if name in NAMES:
+        if lines:
+            raise ValueError(f"--lines with --data {name}: it is for a file of your own")
         return importlib.import_module(f"data.{name}")
     path = Path(name)
     label = path.stem if path.stem not in NAMES else path.name  # never the name of a built-in domain
@@ -57,14 +59,14 @@ def from_text(path, label, text, length=128):
 def split(rows):
     """Rows [N, L] -> (train, val), a tenth of them for val, shuffled first, because files are often sorted."""
     rows = rows[np.random.default_rng(0).permutation(len(rows))]
-    cut = len(rows) - max(1, len(rows) // 10)
+    cut = len(rows) - len(rows) // 10
     return rows[:cut], rows[cut:]
 
 
 def from_lines(path, label, text, end="<end>"):
     lines = [line for line in text.splitlines() if line]
-    if len(lines) < 2:
-        raise ValueError(f"--data {path}: {len(lines)} lines that are not empty, expected at least 2")
+    if len(lines) < 20:
+        raise ValueError(f"--data {path}: {len(lines)} lines that are not empty, expected at least 20")
     length = max(map(len, lines)) + 1  # room for the end token, which also pads, and is predicted like any other
     domain = from_vocab(sorted(set("".join(lines))) + [end], length, label, end)
     rows = np.full((len(lines), length), len(domain.vocab) - 1, dtype=np.int32)
@@ -79,8 +81,10 @@ def from_tokens(path, label):
         rows = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError):
         raise ValueError(f"--data {path}: not an .npy file, or a damaged one") from None
-    if rows.ndim != 2 or rows.dtype.kind not in "iu" or len(rows) < 2 or rows.shape[1] < 1:
-        raise ValueError(f"--data {path}: {rows.dtype} {rows.shape}, expected integers [N >= 2, L]")
+    if not isinstance(rows, np.ndarray):
+        raise ValueError(f"--data {path}: an .npz, expected an .npy file of integers")
+    if rows.ndim != 2 or rows.dtype.kind not in "iu" or len(rows) < 20 or rows.shape[1] < 1:
+        raise ValueError(f"--data {path}: {rows.dtype} {rows.shape}, expected integers [N >= 20, L]")
     if rows.min() < 0 or rows.max() >= 10**6:  # every token up to the largest has an embedding
         raise ValueError(f"--data {path}: tokens {rows.min()} to {rows.max()}, expected 0 to 10**6 - 1")
     domain = from_vocab([str(i) for i in range(int(rows.max()) + 1)], rows.shape[1], label)

@@ -17,7 +17,7 @@ row = 14  # pixels a row of the picture: where the terminal breaks the line
 length = row * row
 vocab = list("0123456789abcdef")  # grey levels, 0 is black
 index = {level: i for i, level in enumerate(vocab)}
-SHADES = "  .:-=+*coahbdkwmB@@"[2:18]  # of the levels, in a terminal
+SHADES = " .:-=+*coahbdkwm"  # of the levels, in a terminal
 
 
 def encode(string):

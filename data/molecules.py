@@ -1,6 +1,7 @@
 """Molecules: QM9, at most nine heavy atoms, as SMILES; a character a token, with an end token. Source: data/README.md."""
 
 import gzip
+import re
 from functools import cache
 from pathlib import Path
 
@@ -67,12 +68,12 @@ def known():
 
 def closed(smiles):
     """Whether brackets match and ring bonds are closed: needed for validity, and checked without RDKit."""
-    depth = 0
+    depth, smiles = 0, re.sub(r"\[[^][]*\]", "", smiles)  # in brackets a digit counts hydrogens
     for character in smiles:
         depth += {"(": 1, ")": -1}.get(character, 0)
         if depth < 0:
             return False
-    return bool(smiles) and depth == 0 and all(smiles.count(ring) % 2 == 0 for ring in "12345")
+    return depth == 0 and not set("[]") & set(smiles) and all(smiles.count(ring) % 2 == 0 for ring in "12345")
 
 
 def score(samples, reference):
