@@ -13,6 +13,7 @@ import argparse
 import itertools
 import math
 import re
+import shutil
 import statistics
 import sys
 import time
@@ -47,6 +48,10 @@ def run(main):
         main()
     except (ValueError, OSError) as error:
         fail(" ".join(str(error).split()))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):
+            raise
+        fail("out of memory, expected a smaller batch, model or number of sequences")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -78,6 +83,13 @@ def load_judge(folder, domain, name, device):
     if judge and not (judge.config.causal and judge.info.get("vocab") == domain.vocab):
         raise ValueError(f"{path}: not a judge of the tokens of {name}")
     return judge
+
+
+def status(line, last=False):
+    """One line that is written over in a terminal, never wider than it; in a log file a line of its own."""
+    if sys.stdout.isatty():
+        line = "\r\033[K" + line[: shutil.get_terminal_size().columns - 1]
+    print(line, end="" if sys.stdout.isatty() and not last else "\n", flush=True)
 
 
 def clock(seconds):
@@ -132,7 +144,7 @@ def measure(domain, x, reference, judge):
     if judge is not None:
         rows = torch.from_numpy(x.astype(np.int64)).to(next(judge.parameters()).device)
         nll = torch.cat([judge_nll(judge, part) for part in rows.split(64)]).sum().item()
-        values["gen. ppl"] = math.exp(nll / x.size)
+        values["gen. ppl"] = math.exp(min(nll / x.size, 700))  # an untrained judge can be more surprised than a float holds
     values |= {"entropy": unigram_entropy(x), "distinct-4": distinct(x)}
     return values | domain.score(x, reference)
 
@@ -196,7 +208,7 @@ def evaluate(denoisers, domain, val, judge, n, calls, seeds, device, **options):
             done += steps
             if sys.stdout.isatty():
                 left = clock((time.time() - began) / done * (total - done))
-                print(f"\r\033[Kevaluate  {name}, {steps} calls, seed {seed}  {left} left", end="", flush=True)
+                status(f"evaluate  {left} left  {name}, {steps} calls, seed {seed}")
     if sys.stdout.isatty():
         print("\r\033[K", end="")
     return results
@@ -259,7 +271,8 @@ def canvas_of(prompt, domain, length):
         try:
             canvas += [len(domain.vocab)] * len(piece) if piece.startswith("_") else domain.encode(piece)
         except KeyError as error:
-            known = "".join(domain.vocab) if len(domain.vocab) < 200 else f"{len(domain.vocab)} others"
+            known = [token for token in domain.vocab if token != getattr(domain, "end", None)]
+            known = getattr(domain, "join", "").join(known) if len(known) < 200 else f"{len(known)} others"
             raise ValueError(f"--prompt has {error.args[0]!r}, which the model has never seen; it knows {known!r}")
     if len(canvas) > length:
         raise ValueError(f"--prompt has {len(canvas)} tokens, expected at most {length}, the model's length")
@@ -333,6 +346,7 @@ def parse():
         fail(f"--data is {args.data!r}, expected one of {', '.join(data.NAMES)}; for models of your own, --models DIR")
     if args.evaluate and args.n < 2:
         fail(f"-n is {args.n}, expected 2 or more to evaluate")
+    args.steps = sorted(set(args.steps))
     if len(args.steps) > 1 and not args.evaluate:
         fail(f"--steps is {args.steps}, expected one number without --evaluate")
     return args
@@ -347,10 +361,10 @@ def main():
             raise ValueError(f"--data {args.data}: no models are shipped for it; train.py makes them, --models takes them")
         raise ValueError(f"--models {folder}: no such folder")
 
-    # The first model says what the tokens are; the other may be the shipped one that it was adapted from.
+    # The first model says what the tokens are.
     first = next((path for kind in ("scmdm", "base") if (path := folder / f"{kind}.npz").exists()), None)
     info = load(first).info if first else {}
-    if not {"vocab", "data", "length", "end"} <= info.keys():
+    if not {"vocab", "data", "length", "end"} <= info.keys():  # what train.py saves with a model
         raise ValueError(f"{folder}: no base.npz or scmdm.npz made by train.py")
     domain = data.from_info(info)
     name, length = info["data"], info["length"]
@@ -360,9 +374,10 @@ def main():
     for kind, label in (("base", "vanilla"), ("continued", "vanilla, trained on"), ("scmdm", "SCMDM")):
         if kind == "continued" and not (args.evaluate and (folder / "continued.npz").exists()):
             continue  # the control, trained as much longer as SCMDM but without the signal, is only measured
-        if args.model in ("both", kind) and (path := find_model(folder, name, kind)):
+        if args.model in ("both", kind) and (path := folder / f"{kind}.npz").exists():
             models[label] = model = load(path, device).eval()
-            if model.info.get("vocab") != domain.vocab or model.config.length != length or model.config.causal:
+            config, tokens = model.config, model.info.get("vocab")
+            if tokens != domain.vocab or config.vocab_size != len(tokens) or config.length != length or config.causal:
                 raise ValueError(f"{path}: a model of other tokens, expected those of {name}, {length} long")
     if not models:
         raise ValueError(f"{folder}: no {args.model}.npz, see train.py")
@@ -390,7 +405,8 @@ def main():
 
     mask_id = len(domain.vocab)
     canvas = canvas_of(args.prompt or "", domain, length).expand(args.n, length).to(device)
-    samples, films, width = {}, [], 56
+    columns = shutil.get_terminal_size((120, 24)).columns
+    samples, films, width = {}, [], min(56, (columns + 1) // len(models) - 3)
     for label, model in models.items():
         film = []  # the frames of the first sequence
 

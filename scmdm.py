@@ -122,9 +122,11 @@ class SelfConditioning(nn.Module):
         E = self.shared[0].weight  # [V+1, D]
         if x0_prev is None:
             return E.new_zeros(*xt.shape, E.shape[1])
+        if x0_prev.shape[:2] != xt.shape:
+            raise ValueError(f"x0_prev is {tuple(x0_prev.shape)}, expected {tuple(xt.shape)} and the V tokens")
         p = x0_prev.to(E.dtype).flatten(0, 1)  # [B*L, V]
         h = torch.linalg.multi_dot((p, E[: p.shape[1]], self.W.T))  # p @ E @ W^T, in the order that costs least
-        return torch.where((xt == self.mask_id)[..., None], h.view(*xt.shape, -1), 0)
+        return torch.where((xt == self.mask_id)[..., None], h.view(*xt.shape, E.shape[1]), 0)
 
 
 @dataclass
@@ -404,8 +406,14 @@ def sample(
 
 
 def save_arrays(path, arrays, header):
-    """Write named arrays and one JSON header to an .npz. A crash at any byte leaves an older file whole."""
+    """Write named arrays and one JSON header to an .npz. A crash at any byte leaves an older file whole.
+
+    Raises ValueError if a value is not finite (load_arrays would refuse it), OSError if the file cannot be written.
+    """
     path = os.fspath(path)
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise ValueError(f"{path}: not written, array {name} has a value that is not finite")
     text = np.array(json.dumps(header, ensure_ascii=False))
     temporary = f"{path}.{os.getpid()}.tmp"  # in the same folder, so that the renaming is atomic
     try:
@@ -414,9 +422,11 @@ def save_arrays(path, arrays, header):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as e:
         if os.path.exists(temporary):
             os.unlink(temporary)
+        if isinstance(e, OSError):  # a full disk does not say for which file
+            raise OSError(e.errno, e.strerror, path) from None
         raise
 
 
@@ -425,9 +435,9 @@ def load_arrays(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        header = json.loads(str(arrays.pop("header")))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
+        header = dict(json.loads(str(arrays.pop("header"))))
+    except (FileNotFoundError, PermissionError) as e:
+        raise ValueError(f"{path}: {e.strerror}") from None
     except Exception as e:  # a damaged zip raises nearly anything
         raise ValueError(f"{path}: not a model file, or a damaged one ({type(e).__name__})") from None
     for name, array in arrays.items():
@@ -470,6 +480,6 @@ def load(path, device="cpu"):
         if found != expected.get(name) or arrays[name].dtype.kind != "f":
             kind = arrays[name].dtype if name in arrays else "nothing"
             raise ValueError(f"{path}: array {name} is {kind} {found}, expected floats {expected.get(name)}")
-    model.load_state_dict({name: torch.tensor(a, dtype=torch.float32) for name, a in arrays.items()}, assign=True)
+    model.load_state_dict({name: torch.from_numpy(a.astype(np.float32)) for name, a in arrays.items()}, assign=True)
     model.info = info
     return model.requires_grad_().to(device)

@@ -1111,7 +1111,7 @@ def damaged(tmp_path, change):
     save(tmp_path / "m.npz", tiny())
     arrays, header = scmdm.load_arrays(tmp_path / "m.npz")
     change(arrays, header)
-    scmdm.save_arrays(tmp_path / "m.npz", arrays, header)
+    np.savez(tmp_path / "m.npz", header=np.array(json.dumps(header)), **arrays)
     return tmp_path / "m.npz"
 
 
@@ -1166,22 +1166,26 @@ def test_a_file_that_is_no_model_is_refused(tmp_path):
         except ValueError as error:
             assert "m.npz" in str(error) and "\n" not in str(error)
     assert not ran.exists(), "the file was unpickled"
-    with pytest.raises(ValueError, match="gone.npz: no such file"):
+    with pytest.raises(ValueError, match="gone.npz: No such file"):
         load(tmp_path / "gone.npz")
 
 
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
-    """If writing fails at any point, a full disk say, the file that was there stays as it was, and nothing else is left."""
+    """If writing fails at any point, a full disk say, the file that was there stays as it was, and nothing else is left; what could not be read again is not written."""
     path = tmp_path / "m.npz"
     save(path, tiny(seed=1))
     before = path.read_bytes()
+    model = tiny()
+    model.head.weight.data[0, 0] = 1e5  # more than float16 holds
+    with pytest.raises(ValueError, match="m.npz: not written, array head.weight has a value that is not finite"):
+        save(path, model.half())
 
     def full_disk(f, **arrays):
         f.write(b"half of it")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left on device: .*m.npz"):
         save(path, tiny(seed=2))
     assert path.read_bytes() == before and [f.name for f in tmp_path.iterdir()] == ["m.npz"]
 
@@ -1213,9 +1217,18 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, capsys):
     assert "resumed at step 5" in capsys.readouterr().out and len(calls) == 5
     for p, q in zip(whole.parameters(), again.parameters()):
         assert torch.equal(p, q)
-    for changes in (dict(lr=3e-3), dict(rate=0.5)):
-        with pytest.raises(ValueError, match="--resume: .*state.npz is of"):
+    for changes, says in ((dict(batch_size=8), "'batch_size': '4, expected 8'"), (dict(rate=0.5), "'rate': '1.0, expected 0.5'")):
+        with pytest.raises(ValueError, match=f"--resume: .*state.npz is of another run: {{{says}}}"):
             run_optimise(tmp_path, resume=True, **changes)
+    with pytest.raises(ValueError, match="state.npz: an interrupted run; go on with --resume"):
+        run_optimise(tmp_path)
+    arrays, header = scmdm.load_arrays(tmp_path / "scmdm.state.npz")
+    for broken in ({k: a for k, a in arrays.items() if k != "exp_avg/head.weight"}, arrays | {"value/norm.weight": np.zeros(1)}):
+        scmdm.save_arrays(tmp_path / "scmdm.state.npz", broken, header)
+        with pytest.raises(ValueError, match="state.npz does not hold the arrays of this model"):
+            run_optimise(tmp_path, resume=True)
+    scmdm.save_arrays(tmp_path / "scmdm.state.npz", arrays, header)
+    run_optimise(tmp_path, resume=True, lr=3e-3)  # after a NaN, say
 
 
 def test_every_step_sees_another_batch():
@@ -1350,8 +1363,8 @@ def test_own_sequences_end_to_end(tmp_path, monkeypatch, capsys, suffix):
     model = load(tmp_path / "base.npz")
     assert (model.config.vocab_size, model.config.length) == ((12, 7) if suffix == "npy" else (len(set("hellobeeaseventh")) + 1, 8))
     prompt = "3 11 __ 4" if suffix == "npy" else "he__o"
-    code, out, err = run_command(monkeypatch, capsys, sample_py, "--models", tmp_path, "--prompt", prompt, "--steps", 3)
-    assert code == 0 and ("3 11 " if suffix == "npy" else "he") in out, err
+    code, out, err = run_command(monkeypatch, capsys, sample_py, "--models", tmp_path, "--prompt", prompt, "--steps", 3, "-n", 70, "--watch")
+    assert code == 0 and ("3 11 " if suffix == "npy" else "he") in out and out.count(", call ") == 3, err
 
 
 TRAIN, SAMPLE = train_py, sample_py
@@ -1382,9 +1395,9 @@ TRAIN, SAMPLE = train_py, sample_py
         (TRAIN, ["--stage", "pretrain", "--self-cond-rate", "0.5"], "--self-cond-rate with --stage pretrain"),
         (TRAIN, ["--arms", "all", "--self-cond-rate", "0.5"], "expected one of the two"),
         (TRAIN, ["--data", "{own}/novel.txt", "--init", "{own}/base.npz", "--out", "{mixed}"], "is another base"),
-        (TRAIN, ["--init", "missing.npz"], "missing.npz: no such file"),
-        (TRAIN, ["--init", "{own}/base.npz"], "not a vanilla model of --data text"),
-        (TRAIN, ["--data", "{own}/novel.txt", "--init", "{own}/scmdm.npz"], "not a vanilla model"),
+        (TRAIN, ["--init", "missing.npz"], "missing.npz: No such file"),
+        (TRAIN, ["--init", "{own}/base.npz"], "base.npz: of other tokens than --data text"),
+        (TRAIN, ["--data", "{own}/novel.txt", "--init", "{own}/scmdm.npz"], "scmdm.npz: a model of stage adapt, expected a base"),
         (TRAIN, ["--data", "{own}/novel.txt", "--out", "{tmp}"], "no base to adapt"),
         (TRAIN, ["--stage", "pretrain", "--dim", "30"], "Config.dim is 30"),
         (TRAIN, ["--out", "{tmp}/empty.txt"], "empty.txt"),
@@ -1464,6 +1477,19 @@ def test_measures():
     expected = -np.take_along_axis(logp, tokens.numpy()[..., None], -1)[..., 0].sum(1)
     assert np.allclose(sample_py.judge_nll(judge, tokens).detach().numpy(), expected, atol=1e-4)
     assert sample_py.mean_interval([2.0, 4.0]) == "3.000 ± 12.710" and sample_py.mean_interval([123.4]) == "123.4"
+
+
+def test_frames_show_what_is_decoded():
+    """A sequence is shown up to its end token; a masked position shows its guess, marked; a line is never wider than asked."""
+    domain, E, M = data.get("molecules"), data.get("molecules").vocab.index("<end>"), len(data.get("molecules").vocab)
+    c, n = domain.encode("CN")
+    frame = lambda x, guess, width=6: sample_py.draw_frame(domain, torch.tensor(x), torch.tensor(guess), M, width, False)  # noqa: E731
+    assert frame([c, c, E, n, E], [0] * 5) == ["CC    "] and frame([E], [0]) == [" " * 6]
+    assert frame([c, M, M, n, E], [0, n, E, 0, 0]) == ["C··N  "]
+    assert frame([c] * 7, [0] * 7, 3) == ["CCC", "CCC", "C  "]
+    black = torch.zeros(196, dtype=torch.long)
+    image = sample_py.draw_frame(data.get("images"), black, black, 16, 56, False)
+    assert image == [" " * 56] * 14
 
 
 def test_generation_makes_the_calls_it_says():

@@ -14,6 +14,7 @@ import copy
 import math
 import os
 import shlex
+import shutil
 import signal
 import statistics
 import sys
@@ -39,6 +40,7 @@ from sample import (
     pick_device,
     print_table,
     run,
+    status,
     table_of,
     windows,
 )
@@ -106,6 +108,7 @@ def parse():
         value = getattr(args, flag.strip("-").replace("-", "_"))
         if value < 1:
             fail(f"{flag} is {value}, expected 1 or more")
+    args.eval_steps = sorted(set(args.eval_steps))
     if min(args.eval_steps) < 1:
         fail(f"--eval-steps is {min(args.eval_steps)}, expected 1 or more")
     if not 0 < args.lr < math.inf:
@@ -147,12 +150,42 @@ def batch_of(train, length, size, generator):
     return torch.from_numpy(rows.astype(np.int64))
 
 
+def state_arrays(parameters, averages, optimiser):
+    """What a state file holds of a run, a plain .npz too: for each parameter its value, average and Adam's two moments."""
+    arrays = {}
+    for (n, p), e in zip(parameters.items(), averages):
+        arrays |= {f"value/{n}": p.data, f"average/{n}": e}
+        arrays |= {f"{k}/{n}": optimiser.state[p][k] for k in ("exp_avg", "exp_avg_sq")}
+    return arrays
+
+
+def save_state(path, step, run, *of):
+    arrays = {name: tensor.cpu().numpy() for name, tensor in state_arrays(*of).items()}
+    save_arrays(path, arrays, {"step": step, "run": run})
+
+
+def load_state(path, run, parameters, averages, optimiser):
+    """Put a state back where it was saved from; returns its step. Raises ValueError if it is not of this `run`."""
+    arrays, header = load_arrays(path)
+    found, step = header.get("run") or {}, header.get("step")
+    if differs := {k: f"{found.get(k)}, expected {v}" for k, v in run.items() if found.get(k) != v}:
+        raise ValueError(f"--resume: {path} is of another run: {differs}")
+    for p in parameters.values():
+        optimiser.state[p] = {"step": torch.tensor(float(step))} | {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
+    tensors = state_arrays(parameters, averages, optimiser)
+    if {name: array.shape for name, array in arrays.items()} != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise ValueError(f"--resume: {path} does not hold the arrays of this model")
+    for name, tensor in tensors.items():
+        tensor.copy_(torch.from_numpy(arrays[name]))
+    return step
+
+
 def optimise(model, loss_of, train, args, name, out, **more):
     """Minimise loss_of(model, x0 [B, L], generator) -> [B] nats a sequence. Returns the model's moving average.
 
     AdamW, warm-up and cosine decay, gradient clipping. The randomness of step k is a function of
-    (seed, k, process) alone, so a resumed run is equal to one that was never stopped. `more` is what
-    else a run must have in common with the one it resumes.
+    (seed, k, process) alone, so a resumed run is equal to one that was never stopped. Hosts that train
+    together share the folder `out`. `more` is what else a run must have in common with the one it resumes.
     """
     rank, world = processes()
     device = next(model.parameters()).device
@@ -167,31 +200,19 @@ def optimise(model, loss_of, train, args, name, out, **more):
         betas=(0.9, 0.98),  # a short memory of squared gradients: the 1/t weight makes them uneven
     )
 
-    # A state is a plain .npz too: for each parameter its value, its average and Adam's two moments.
     state = out / f"{name}.state.npz"
-    run = {k: getattr(args, k) for k in ("stage", "data", "steps", "batch_size", "lr", "weight_decay", "seed", "dtype")}
-    run |= {"config": asdict(model.config), "processes": world} | more
+    # What a run must have in common with the one it resumes. The learning rate may change: after a NaN, say.
+    run = {k: getattr(args, k) for k in ("stage", "steps", "batch_size", "weight_decay", "seed", "dtype")}
+    run |= {"config": asdict(model.config), "data": zlib.crc32(np.ascontiguousarray(train)), "processes": world} | more
     first = 0
     if args.resume and state.exists():
-        arrays, header = load_arrays(state)
-        if header.get("run") != run:
-            raise ValueError(f"--resume: {state} is of {header.get('run')}, expected {run}")
-        first = header["step"]
-        for (n, p), e in zip(parameters.items(), averages):
-            p.data.copy_(torch.from_numpy(arrays["value/" + n]))
-            e.copy_(torch.from_numpy(arrays["average/" + n]))
-            optimiser.state[p] = {k: torch.from_numpy(arrays[f"{k}/{n}"]).to(p) for k in ("exp_avg", "exp_avg_sq")}
-            optimiser.state[p]["step"] = torch.tensor(float(first))
+        first = load_state(state, run, parameters, averages, optimiser)
         if rank == 0:
             print(f"{name}: resumed at step {first}")
-
-    def save_state(step):
-        arrays = {}
-        for (n, p), e in zip(parameters.items(), averages):
-            arrays["value/" + n], arrays["average/" + n] = p.detach().cpu().numpy(), e.cpu().numpy()
-            for k in ("exp_avg", "exp_avg_sq"):
-                arrays[f"{k}/{n}"] = optimiser.state[p][k].cpu().numpy()
-        save_arrays(state, arrays, {"step": step, "run": run})
+    elif state.exists():
+        raise ValueError(f"{state}: an interrupted run; go on with --resume, or delete it, or choose another --out")
+    elif args.resume and rank == 0:
+        print(f"{name}: nothing to resume in {out}, from the start")
 
     # ^C is heard between two steps, so that what is saved is the state after a whole one; a second ^C at once.
     # SIGTERM too: it is how torchrun passes ^C on.
@@ -208,9 +229,11 @@ def optimise(model, loss_of, train, args, name, out, **more):
     heard = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
     if args.compile:
+        if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+            raise ValueError("--compile: no C++ compiler found, expected g++, clang++ or the one that CXX names")
         model.compile()
     warmup = max(1, min(args.steps // 20, 200))
-    running, began, last_line = None, time.time(), 0.0
+    running, last_line = None, 0.0
     for step in range(first, args.steps):
         for kind, g in enumerate(generators):  # hashed, because PyTorch's CPU generator reads only the low 32 bits of a seed
             g.manual_seed(int(np.random.SeedSequence((args.seed, kind, step, rank)).generate_state(1)[0]))
@@ -231,11 +254,11 @@ def optimise(model, loss_of, train, args, name, out, **more):
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         if not torch.isfinite(norm):  # nothing has been changed yet: the state before this step is good
             if first < step and rank == 0:
-                save_state(step)
+                save_state(state, step, run, parameters, averages, optimiser)
             kept = f"the last good state is in {state}" if step > 0 else "nothing was saved"
             hear_again()
             found = f"loss {loss.item()}, gradient {norm.item()}"
-            raise ValueError(f"{name}: stopped at step {step}, {found}; {kept}; a run with a lower --lr may do better")
+            raise ValueError(f"{name}: stopped at step {step}, {found}; {kept}; --resume with a lower --lr may do better")
 
         lr = args.lr * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / args.steps)))
         for group in optimiser.param_groups:
@@ -244,22 +267,24 @@ def optimise(model, loss_of, train, args, name, out, **more):
         decay = min(0.999, (step + 1) / (step + 10))  # shorter at first, to forget where it started
         torch._foreach_lerp_(averages, [p.detach() for p in parameters.values()], 1 - decay)
 
-        # One status line: the loss is a moving average, because that of one batch says little.
-        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-        done, now = step + 1 - first, time.time()
-        every = 0.5 if sys.stdout.isatty() else 20  # seconds; a log file needs fewer lines
-        if rank == 0 and (now - last_line > every or step + 1 == args.steps):
-            speed = done / (now - began)
-            print(
-                f"{name}  step {step + 1}/{args.steps}  loss {running:.4f} nats/token  {speed * args.batch_size * length:,.0f} tokens/s"
-                f"  {1000 / speed:.0f} ms/step  {clock((args.steps - step - 1) / speed)} left",
-                end="\r\033[K" if sys.stdout.isatty() and step + 1 < args.steps else "\n",
-                flush=True,
-            )
-            last_line = now
         stopping = stopping and step + 1 < args.steps  # after the last step there is nothing to go on with
         if rank == 0 and step + 1 < args.steps and ((step + 1) % 500 == 0 or stopping):
-            save_state(step + 1)
+            save_state(state, step + 1, run, parameters, averages, optimiser)
+
+        # One status line: the loss is a moving average, because that of one batch says little.
+        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+        now = time.time()
+        every = 0.5 if sys.stdout.isatty() else 20  # seconds; a log file needs fewer lines
+        if step == first:
+            began = now  # the first step, slower by a compilation at times, says nothing of the others
+        elif rank == 0 and (now - last_line > every or step + 1 == args.steps):
+            speed = (step - first) / (now - began)
+            status(
+                f"{name} step {step + 1}/{args.steps}  {clock((args.steps - step - 1) / speed)} left  loss {running:.4f} nats/token"
+                f"  {speed * args.batch_size * length:,.0f} tokens/s  {1000 / speed:.0f} ms/step",
+                last=step + 1 == args.steps,
+            )
+            last_line = now
         if stopping:
             if rank == 0:
                 words = shlex.join([sys.executable, *(w for w in sys.argv if w != "--resume")])
@@ -342,11 +367,14 @@ def main():
     name = domain.__name__.removeprefix("data.")
     out = Path(args.out or f"runs/{name}")
     out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        fail(f"--out {out}: cannot be written to")
     train, val = domain.load()
     held_out = windows(val, domain.length)
     val = windows(val, domain.length, 1000)  # as many as validation has time for
     # what the model file remembers, so that sampling needs no data file
     info = {"data": name, "vocab": domain.vocab, "length": domain.length, "end": getattr(domain, "end", None)}
+    info["join"] = getattr(domain, "join", "")
     info |= {"stage": args.stage, "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed}
     torch.manual_seed(args.seed)
 
@@ -384,8 +412,10 @@ def main():
     if path is None:
         fail(f"no base to adapt in {out}: train one with --stage pretrain, or name one with --init")
     base = load(path, device).eval()
-    if base.info.get("vocab") != domain.vocab or base.config.self_conditioning or base.config.causal:
-        fail(f"--init {path}: not a vanilla model of --data {args.data}")
+    if base.config.self_conditioning or base.config.causal:
+        fail(f"--init {path}: a model of stage {base.info.get('stage')}, expected a base")
+    if base.info.get("vocab") != domain.vocab or base.config.length != domain.length:
+        fail(f"--init {path}: of other tokens than --data {args.data}, or of another length; with or without --lines?")
     content, ours = Path(path).read_bytes(), out / "base.npz"
     if ours.exists() and ours.read_bytes() != content:
         fail(f"--init {path}: {ours} is another base, expected an --out without one")
@@ -447,7 +477,8 @@ def main():
         print(f"NELBO in nats a token; intervals are 95%, over {seeds} seeds. In all: {clock(time.time() - began)}")
         print(draw_results(results, out / "results.png"))
         if "SCMDM rate 1" in arms:
-            print(f"Look at what it writes: {shlex.join([sys.executable, 'sample.py', '--models', str(out)])}")
+            script = str(Path(__file__).with_name("sample.py"))
+            print(f"Look at what it writes: {shlex.join([sys.executable, script, '--models', str(out)])}")
 
 
 if __name__ == "__main__":

@@ -18,22 +18,21 @@ def get(name, lines=False):
             raise ValueError(f"--lines with --data {name}: it is for a file of your own")
         return importlib.import_module(f"data.{name}")
     path = Path(name)
-    label = path.stem if path.stem not in NAMES else path.name  # never the name of a built-in domain
+    label = path.stem if path.stem not in NAMES else f"my-{path.stem}"  # never the name of a built-in domain
     if not path.is_file():
         raise ValueError(f"--data {name}: no such file, and not one of {', '.join(NAMES)}")
     if path.suffix == ".npy":
         return from_tokens(path, label)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"--data {name}: not UTF-8 text, expected a text file or a .npy of integers") from None
     return from_lines(path, label, text) if lines else from_text(path, label, text)
 
 
-def from_vocab(vocab, length, name, end=None):
+def from_vocab(vocab, length, name, end=None, join=""):
     """A domain that is only a vocabulary: all that sampling needs of a user's own data."""
     index = {token: i for i, token in enumerate(vocab)}
-    join = "" if all(len(token) == 1 or token == end for token in vocab) else " "
 
     def encode(string):
         return [index[token] for token in (string if join == "" else string.split())]
@@ -64,7 +63,7 @@ def split(rows):
 
 
 def from_lines(path, label, text, end="<end>"):
-    lines = [line for line in text.splitlines() if line]
+    lines = [line for line in text.split("\n") if line]
     if len(lines) < 20:
         raise ValueError(f"--data {path}: {len(lines)} lines that are not empty, expected at least 20")
     length = max(map(len, lines)) + 1  # room for the end token, which also pads, and is predicted like any other
@@ -79,7 +78,7 @@ def from_lines(path, label, text, end="<end>"):
 def from_tokens(path, label):
     try:
         rows = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError):
+    except Exception:  # a damaged file raises nearly anything
         raise ValueError(f"--data {path}: not an .npy file, or a damaged one") from None
     if not isinstance(rows, np.ndarray):
         raise ValueError(f"--data {path}: an .npz, expected an .npy file of integers")
@@ -87,7 +86,7 @@ def from_tokens(path, label):
         raise ValueError(f"--data {path}: {rows.dtype} {rows.shape}, expected integers [N >= 20, L]")
     if rows.min() < 0 or rows.max() >= 10**6:  # every token up to the largest has an embedding
         raise ValueError(f"--data {path}: tokens {rows.min()} to {rows.max()}, expected 0 to 10**6 - 1")
-    domain = from_vocab([str(i) for i in range(int(rows.max()) + 1)], rows.shape[1], label)
+    domain = from_vocab([str(i) for i in range(int(rows.max()) + 1)], rows.shape[1], label, join=" ")
     domain.load = lambda: split(rows)
     return domain
 
@@ -96,4 +95,4 @@ def from_info(info):
     """The domain that a model was trained on, from what the model file remembers: no data file is needed."""
     if info["data"] in NAMES:
         return get(info["data"])
-    return from_vocab(info["vocab"], info["length"], info["data"], info["end"])
+    return from_vocab(info["vocab"], info["length"], info["data"], info["end"], info.get("join", ""))
