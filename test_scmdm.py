@@ -419,6 +419,8 @@ def test_loss_is_finite_and_per_sequence(size, seed, schedule, rate, scale):
     loss = diffusion_loss(denoiser, x0, V, generator=rng(seed), **kw)
     assert loss.shape == (B,) and torch.isfinite(loss).all() and (loss >= 0).all()
     assert (diffusion_loss(denoiser, x0, V, frozen=torch.ones(B, L, dtype=torch.bool), **kw) == 0).all()
+    others = torch.cat((x0[:1], (x0[1:] + 1) % V))
+    assert torch.equal(loss[0], diffusion_loss(denoiser, others, V, generator=rng(seed), **kw)[0]), "another row moved it"
 
     # other logits at the visible positions change nothing; a constant added to all logits changes nothing
     def disturbed(xt, x0_prev):
@@ -449,7 +451,7 @@ def test_frozen_positions_are_never_scored(size, seed):
 
 @given(sizes, seeds, schedules, st.integers(1, 12), st.sampled_from(["random", "confidence"]), st.sampled_from([0, 0.5, 1, 2]))
 def test_sampler_rules(size, seed, schedule, steps, order, temperature):
-    """Exactly `steps` calls; the prompt comes back as it is; a revealed token never changes; no mask is left, also for steps > L."""
+    """Exactly `steps` calls; the prompt comes back as it is; a revealed token never changes; no mask is left, also for steps > L; a row does not depend on the others."""
     B, L, V = size
     canvas = torch.randint(V, (B, L), generator=rng(seed))
     canvas[torch.rand(B, L, generator=rng(seed)) < 0.6] = V
@@ -459,8 +461,10 @@ def test_sampler_rules(size, seed, schedule, steps, order, temperature):
         calls.append(xt.clone())
         return toy(V, seed)(xt, x0_prev)
 
-    x = sample(denoiser, canvas, V, steps, temperature=temperature, order=order, schedule=schedule,
-               generator=rng(seed), on_step=lambda k, x, _: states.append(x))  # fmt: skip
+    kw = dict(temperature=temperature, order=order, schedule=schedule)
+    x = sample(denoiser, canvas, V, steps, generator=rng(seed), on_step=lambda k, x, _: states.append(x), **kw)
+    others = torch.cat((canvas[:1], torch.full((B - 1, L), V)))
+    assert torch.equal(sample(toy(V, seed), others, V, steps, generator=rng(seed), **kw)[0], x[0]), "another row changed it"
     assert len(calls) == steps and len(states) == steps + 1
     assert torch.equal(canvas, before), "the caller's canvas was changed"
     assert torch.equal(x[before != V], before[before != V]) and torch.equal(x, states[-1])
@@ -715,6 +719,8 @@ def test_visible_positions_get_nothing(seed):
     other[:, 1::2] = math.nan
     assert torch.equal(model(x, signal_), model(x, other))
     assert not model.self_conditioning(x, signal_)[:, 1::2].any() and model.self_conditioning(x, signal_)[:, ::2].any()
+    with pytest.raises(ValueError, match=r"x0_prev is \(2, 3, 5\), expected \(2, 6\)"):
+        model(x, signal_[:, :3])
 
 
 @given(seeds, st.integers(1, 9))
@@ -1104,6 +1110,12 @@ def test_bfloat16_models_are_saved_as_float32(tmp_path):
     model = tiny().bfloat16()
     save(tmp_path / "m.npz", model)
     assert torch.equal(load(tmp_path / "m.npz").embed.weight, model.embed.weight.float())
+
+
+def test_byte_order_does_not_matter(tmp_path):
+    """Arrays written by a machine of the other byte order are read as the same numbers."""
+    path = damaged(tmp_path, lambda arrays, header: arrays.update({name: a.astype(">f4") for name, a in arrays.items()}))
+    assert all(torch.equal(p, q) for p, q in zip(load(path).parameters(), tiny().parameters()))
 
 
 def damaged(tmp_path, change):
