@@ -926,28 +926,32 @@ def np_forward(w, heads, xt, x0_prev=None, causal=False):
     return np_layer_norm(h, w["norm.weight"]) @ w["head.weight"].T
 
 
-def np_loss(w, heads, x0, t, u_mask):
-    """SCMDM's loss at rate 1 and fixed times t [B] and uniforms u_mask [B, L], linear schedule. [B] nats."""
+def np_loss(w, heads, x0, t, u_mask, given=True, frozen_w=None):
+    """SCMDM's loss at fixed times t [B] and uniforms u_mask [B, L], linear schedule. [B] nats.
+
+    given [B]: which sequences get the signal. Pass 1 is a constant for gradients: frozen_w are its weights, if not w.
+    """
     V = w["embed.weight"].shape[0] - 1
     t = np.maximum(t, 1e-3)  # the floor
     xt = np.where(u_mask < t[:, None], V, x0)  # 1 - alpha(t) = t
-    x0_prev = np_softmax(np_forward(w, heads, xt))
+    x0_prev = np_softmax(np_forward(frozen_w or w, heads, xt)) * np.reshape(given, (-1, 1, 1))
     logp = np.log(np_softmax(np_forward(w, heads, xt, x0_prev)))
     nll = -np.take_along_axis(logp, x0[..., None], -1)[..., 0]
     return ((xt == V) * nll).sum(1) / t  # -alpha' / (1 - alpha) = 1 / t
 
 
 def np_sample(w, heads, x, u_reveal, u_token):
-    """SCMDM's sampler, linear schedule, from fixed uniforms [steps, B, L]. The canvas x [B, L] -> tokens [B, L]."""
-    V, steps, x0_prev = w["embed.weight"].shape[0] - 1, len(u_reveal), None
+    """SCMDM's sampler, linear schedule, from fixed uniforms [steps, B, L]. The canvas x [B, L] -> tokens [B, L], predictions [steps, B, L, V]."""
+    V, steps, x0_prev, predictions = w["embed.weight"].shape[0] - 1, len(u_reveal), None, []
     for k in range(steps):
         x0_prev = np_softmax(np_forward(w, heads, x, x0_prev))
+        predictions.append(x0_prev)
         t, s = 1 - k / steps, 1 - (k + 1) / steps
         reveal = u_reveal[k] < (t - s) / t
         cdf = np.cumsum(x0_prev, -1)
         token = (cdf / cdf[..., -1:] > u_token[k][..., None]).argmax(-1)  # divided, or rounding may leave it short of u
         x = np.where((x == V) & reveal, token, x)
-    return x
+    return x, np.stack(predictions)
 
 
 def numpy_weights(model):
@@ -1028,6 +1032,9 @@ def replay(uniforms):
     return lambda shape, device, generator=None: stack.pop(0)
 
 
+GRADIENTS = ("self_conditioning.W", "embed.weight")  # which of them golden.npz has: those that pass 1 could get wrong
+
+
 def make_golden():
     """The arrays of data/golden.npz: see the README for what each is."""
     model, rand = tiny(V=5, length=8, seed=1, adapted=True, positions=True), np.random.default_rng(0)
@@ -1035,23 +1042,33 @@ def make_golden():
     xt = rand.integers(0, 6, (2, 8))
     xt[:, ::3] = 5
     x0_prev = np_softmax(2 * rand.standard_normal((2, 8, 5))).astype(np.float32)
+    u_given = np.array([0.2, 0.7, 0.4, 0.9])
     x0, t, u_mask = rand.integers(0, 5, (4, 8)), np.array([0.0004, 0.4, 0.65, 0.9]), rand.random((4, 8))
     u_mask[0, 3] = 0.0006  # masked only because the first time is raised to the floor
     canvas = np.full((2, 8), 5)
     canvas[1, 2:4] = 1, 3
     u_reveal, u_token = rand.random((2, 6, 2, 8))
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(scmdm, "uniform", replay([u_mask, np.zeros(4)]))
+    predictions = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scmdm, "uniform", replay([u_mask, u_given] * 2))
+        half = diffusion_loss(model, torch.tensor(x0), 5, t=torch.tensor(t), self_cond_rate=0.5)
         loss = diffusion_loss(model, torch.tensor(x0), 5, t=torch.tensor(t))
+        loss.mean().backward()
         patch.setattr(scmdm, "uniform", replay([u for pair in zip(u_reveal, u_token) for u in pair]))
-        tokens = sample(model, torch.tensor(canvas), 5, 6)
+        tokens = sample(model, torch.tensor(canvas), 5, 6, on_step=lambda k, x, x0_prev: predictions.append(x0_prev))
         logits, signal_ = model(torch.tensor(xt)), model(torch.tensor(xt), torch.tensor(x0_prev))
+        for block in model.blocks:
+            block.causal = True
+        causal = model(torch.tensor(xt))
     arrays = {"weights/" + name: p for name, p in w.items()}
     arrays |= {"heads": np.array(2), "forward/xt": xt, "forward/x0_prev": x0_prev}
-    arrays |= {"forward/logits_without_signal": logits.numpy(), "forward/logits_with_signal": signal_.numpy()}
-    arrays |= {"loss/x0": x0, "loss/t": t, "loss/u_mask": u_mask, "loss/loss": loss.numpy()}
-    arrays |= {"sample/canvas": canvas, "sample/u_reveal": u_reveal, "sample/u_token": u_token, "sample/tokens": tokens.numpy()}
-    return arrays
+    arrays |= {"forward/logits_without_signal": logits, "forward/logits_with_signal": signal_, "forward/logits_causal": causal}
+    arrays |= {"loss/x0": x0, "loss/t": t, "loss/u_mask": u_mask, "loss/loss": loss}
+    arrays |= {"loss/u_given": u_given, "loss/loss_at_rate_half": half}
+    arrays |= {f"loss/gradient/{name}": p.grad for name, p in model.named_parameters() if name in GRADIENTS}
+    arrays |= {"sample/canvas": canvas, "sample/u_reveal": u_reveal, "sample/u_token": u_token}
+    arrays |= {"sample/x0_prev": torch.stack(predictions), "sample/tokens": tokens}
+    return {name: a.detach().numpy() if torch.is_tensor(a) else a for name, a in arrays.items()}
 
 
 def test_golden_values_have_not_moved():
@@ -1072,8 +1089,16 @@ def test_a_port_can_check_itself_step_by_step():
     close = dict(atol=1e-4, rtol=1e-4)
     assert np.allclose(np_forward(w, heads, g["forward/xt"]), g["forward/logits_without_signal"], **close)
     assert np.allclose(np_forward(w, heads, g["forward/xt"], g["forward/x0_prev"]), g["forward/logits_with_signal"], **close)
-    assert np.allclose(np_loss(w, heads, g["loss/x0"], g["loss/t"], g["loss/u_mask"]), g["loss/loss"], **close)
-    assert np.array_equal(np_sample(w, heads, g["sample/canvas"], g["sample/u_reveal"], g["sample/u_token"]), g["sample/tokens"])
+    assert np.allclose(np_forward(w, heads, g["forward/xt"], causal=True), g["forward/logits_causal"], **close)
+    noise = g["loss/x0"], g["loss/t"], g["loss/u_mask"]
+    assert np.allclose(np_loss(w, heads, *noise), g["loss/loss"], **close)
+    assert np.allclose(np_loss(w, heads, *noise, given=g["loss/u_given"] < 0.5), g["loss/loss_at_rate_half"], **close)
+    for name in GRADIENTS:  # each along a random direction, by a finite difference in which pass 1 stays as it is
+        direction = np.random.default_rng(0).standard_normal(w[name].shape)
+        up, down = (np_loss(w | {name: w[name] + h * direction}, heads, *noise, frozen_w=w).mean() for h in (1e-5, -1e-5))
+        assert np.isclose((up - down) / 2e-5, (g[f"loss/gradient/{name}"] * direction).sum(), rtol=1e-3)
+    tokens, predictions = np_sample(w, heads, g["sample/canvas"], g["sample/u_reveal"], g["sample/u_token"])
+    assert np.array_equal(tokens, g["sample/tokens"]) and np.allclose(predictions, g["sample/x0_prev"], **close)
 
 
 # =============================================================================================
