@@ -11,6 +11,8 @@
 """
 
 import copy
+import dataclasses
+import inspect
 import io
 import itertools
 import json
@@ -878,6 +880,24 @@ def test_a_foreign_model_can_be_adapted():
     assert x.shape == (64, L) and x.max() < V
 
 
+def test_public_names():
+    """The names that ports and other programs rely on, with their arguments and defaults, stay as they are."""
+    noise = "frozen=None, schedule=LINEAR, generator=None"
+    assert {name: str(inspect.signature(getattr(scmdm, name))).replace(str(LINEAR), "LINEAR") for name in (
+        "q_sample", "diffusion_loss", "sample", "save", "load", "add_self_conditioning", "SelfConditioning", "Transformer")} == {
+        "q_sample": f"(x0, t, mask_id, *, {noise})",
+        "diffusion_loss": f"(denoiser, x0, mask_id, *, self_cond_rate=1.0, {noise}, t=None)",
+        "sample": "(denoiser, x, mask_id, steps, *, temperature=1.0, top_p=1.0, order='random', schedule=LINEAR, generator=None, on_step=None)",
+        "save": "(path, model, **info)",
+        "load": "(path, device='cpu')",
+        "add_self_conditioning": "(model)",
+        "SelfConditioning": "(embedding, mask_id)",
+        "Transformer": "(config)",
+    }  # fmt: skip
+    assert [(f.name, f.default) for f in dataclasses.fields(Config)][2:] == [
+        ("dim", 128), ("depth", 4), ("heads", 4), ("causal", False), ("self_conditioning", False), ("positions", False)]  # fmt: skip
+
+
 # =============================================================================================
 # 4. The model, against NumPy: the equations, and the porter's example
 # =============================================================================================
@@ -1009,9 +1029,6 @@ def test_initialisation():
             expected = 0.02 / math.sqrt(8) if name.endswith(("out.weight", "down.weight")) else 0.02
             assert p.std().item() == pytest.approx(expected, rel=0.05)
     assert model.mask_id == 50 and model.embed.weight.shape == (51, 128) and model.head.weight.shape == (50, 128)
-    config = Config(2, 3)
-    assert (config.dim, config.depth, config.heads, config.causal) == (128, 4, 4, False)
-    assert not config.self_conditioning and not config.positions
     assert sum(p.numel() for p in model.parameters()) == 51 * 128 + 50 * 128 + 4 * (12 * 128**2 + 2 * 128) + 128
 
 
@@ -1022,6 +1039,8 @@ def test_impossible_models_are_refused(kw):
     with pytest.raises(ValueError, match=f"Config.{next(iter(kw))} is "):
         Config(**{"vocab_size": 3, "length": 4, **kw})
     assert Config(10**7, 1).vocab_size == 10**7
+    with pytest.raises(ValueError, match="Config.dim is 20, expected a multiple of 2 \\* heads = 6"):
+        Config(3, 4, dim=20, heads=3)
     with pytest.raises(ValueError, match="xt has 7 positions, expected at most config.length = 6"):
         tiny()(torch.zeros(1, 7, dtype=torch.long))
 

@@ -333,7 +333,7 @@ def validate_judge(model, val, batch=64):
 
 def report(name, nelbo, by_time):
     print(f"{name}: validation NELBO {nelbo:.4f} nats/token = {nelbo / math.log(2):.4f} bits/token")
-    print("   by time, t = 0 (clean) to 1 (all masked): " + " ".join(f"{b:.2f}" for b in by_time))
+    print("   by time, t = 0 (clean) to 1 (all masked): " + " ".join("-" if math.isnan(b) else f"{b:.2f}" for b in by_time))
 
 
 # ---------------------------------------------------------------------------------------------
