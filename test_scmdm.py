@@ -614,6 +614,12 @@ def test_mask_among_the_tokens(size, seed, mask_id, order):
     assert all(torch.equal(*pair) for pair in kept), "the caller's logits were changed"
     assert all((p[..., mask_id] == 0).all() for p in signals if p is not None), "the mask was fed back"
 
+    def disturbed(xt, x0_prev):  # the same model, with other logits at the visible positions
+        logits = denoiser(xt, x0_prev)
+        return torch.where((xt == mask_id)[..., None], logits, torch.randn_like(logits) * 100)
+
+    assert torch.equal(loss, diffusion_loss(disturbed, x0, mask_id, generator=rng(seed))), "a visible token was scored"
+
     def spared(xt, x0_prev):  # the same model, had it never heard of the mask
         return base(xt, x0_prev).index_fill(-1, torch.tensor(mask_id), -math.inf)
 
@@ -1177,6 +1183,7 @@ def damaged(tmp_path, change):
         (lambda a, h: a["head.weight"].__setitem__((0, 0), math.nan), "array head.weight has a value that is not finite"),
         (lambda a, h: a.update({"head.weight": a["head.weight"][:2]}), "array head.weight is .*expected floats"),
         (lambda a, h: a.update({"head.weight": a["head.weight"].astype(int)}), "array head.weight is .*expected floats"),
+        (lambda a, h: a.update({"head.weight": a["head.weight"] > 0}), "array head.weight is bool .*expected floats"),
         (lambda a, h: a.pop("norm.weight"), "array norm.weight is nothing None, expected"),
         (lambda a, h: a.update(extra=np.zeros(3)), "array extra is float64 .*expected floats None"),
         (lambda a, h: h["config"].update(depth=10**6), "not a model file .*depth"),
