@@ -1256,9 +1256,9 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
 SETTINGS = dict(stage="adapt", data="x", steps=12, batch_size=4, lr=1e-2, weight_decay=0.1, seed=3, dtype="float32", compile=False)
 
 
-def run_optimise(out, rate=1.0, loss_of=None, **changes):
+def run_optimise(out, rate=1.0, loss_of=None, data_seed=0, **changes):
     args = types.SimpleNamespace(**{**SETTINGS, "resume": False, **changes})
-    stream = np.random.default_rng(0).integers(0, 5, 400)
+    stream = np.random.default_rng(data_seed).integers(0, 5, 400)
     model = add_self_conditioning(tiny(seed=4))
     return train_py.optimise(model, loss_of or train_py.diffusion_at(rate), stream, args, "scmdm", out, rate=rate)
 
@@ -1280,7 +1280,11 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, capsys):
     assert "resumed at step 5" in capsys.readouterr().out and len(calls) == 5
     for p, q in zip(whole.parameters(), again.parameters()):
         assert torch.equal(p, q)
-    for changes, says in ((dict(batch_size=8), "'batch_size': '4, expected 8'"), (dict(rate=0.5), "'rate': '1.0, expected 0.5'")):
+    for changes, says in (
+        (dict(batch_size=8), "'batch_size': '4, expected 8'"),
+        (dict(rate=0.5), "'rate': '1.0, expected 0.5'"),
+        (dict(data_seed=1), "'data': '.*, expected .*'"),
+    ):
         with pytest.raises(ValueError, match=f"--resume: .*state.npz is of another run: {{{says}}}"):
             run_optimise(tmp_path, resume=True, **changes)
     with pytest.raises(ValueError, match="state.npz: an interrupted run; go on with --resume"):
@@ -1401,12 +1405,15 @@ def test_several_training_seeds(own_model, tmp_path, monkeypatch, capsys):
 
 
 def test_a_resumed_main_job_does_not_train_again(own_model, monkeypatch, capsys):
-    """--resume takes an arm that was finished as it is."""
+    """--resume takes an arm that was finished as it is; what is measured is always what the file holds, so the results are the same."""
+    seen, validate = [], train_py.validate
+    monkeypatch.setattr(train_py, "validate", lambda model, *rest: (seen.append(model.head.weight.clone()), validate(model, *rest))[1])
     words = ["--data", own_model / "novel.txt", "--out", own_model / "again", "--init", own_model / "base.npz", "--steps", 2, "--eval-seeds", 0]
     assert "step 2/2" in run_command(monkeypatch, capsys, train_py, *words)[1]
     assert (own_model / "again" / "base.npz").read_bytes() == (own_model / "base.npz").read_bytes(), "the base goes with its adaptation"
     code, out, err = run_command(monkeypatch, capsys, train_py, *words, "--resume")
     assert code == 0 and "step" not in out.replace("steps", ""), err
+    assert len(seen) == 6 and torch.equal(seen[1], seen[4]) and not torch.equal(seen[0], seen[1])
     code, _, err = run_command(monkeypatch, capsys, train_py, *words, "--resume", "--lr", "0.5")
     assert code == 2 and "--resume" in err
 
