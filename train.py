@@ -417,8 +417,6 @@ def main():
     if base.info.get("vocab") != domain.vocab or base.config.length != domain.length:
         fail(f"--init {path}: of other tokens than --data {args.data}, or of another length; with or without --lines?")
     content, ours = Path(path).read_bytes(), out / "base.npz"
-    if ours.exists() and ours.read_bytes() != content:
-        fail(f"--init {path}: {ours} is another base, expected an --out without one")
     info |= {"weight_decay": args.weight_decay, "dtype": args.dtype, "base": zlib.crc32(content)}
     judge = load_judge(out, domain, name, device)
 
@@ -429,8 +427,11 @@ def main():
         arms = {"vanilla": ARMS["vanilla"], arm: ARMS.get(arm, (args.self_cond_rate, "scmdm"))}
     began = time.time()
     if rank == 0:
-        if not ours.exists():
-            ours.write_bytes(content)  # so that sample.py --models OUT compares with the base that was adapted
+        if not ours.exists():  # sample.py --models OUT compares with the base that was adapted
+            ours.with_suffix(".tmp").write_bytes(content)
+            ours.with_suffix(".tmp").replace(ours)
+        elif ours.read_bytes() != content:
+            fail(f"--init {path}: {ours} is another base, expected an --out without one")
         runs = (len(arms) - 1) * args.seeds
         print(f"adapt {path}: {runs} run(s) of {args.steps} steps on {device}, then a table of {len(arms)} models.")
         print("With the defaults this takes at most 10 minutes on two CPU cores; ^C saves and says how to resume.")
