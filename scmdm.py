@@ -271,7 +271,8 @@ def diffusion_loss(
     At rate 1 this bounds the likelihood of the two-pass model. `sample` makes one call a step and gives
     it an older prediction, so that this is a measure of the denoiser, and not of what `sample` draws.
     The bound is that of MD4 (Shi et al. 2024, arXiv 2406.04329) and MDLM (Sahoo et al. 2024, arXiv
-    2406.07524); for the linear schedule the weight is 1/t. Its value does not depend on the schedule. Raises ValueError if self_cond_rate is outside [0, 1].
+    2406.07524); for the linear schedule the weight is 1/t. Its value does not depend on the schedule.
+    Raises ValueError if self_cond_rate is outside [0, 1].
     """
     if not 0 <= self_cond_rate <= 1:
         raise ValueError(f"self_cond_rate is {self_cond_rate}, expected a number from 0 to 1")
