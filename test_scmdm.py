@@ -1294,6 +1294,9 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, capsys):
         scmdm.save_arrays(tmp_path / "scmdm.state.npz", broken, header)
         with pytest.raises(ValueError, match="state.npz does not hold the arrays of this model"):
             run_optimise(tmp_path, resume=True)
+    scmdm.save_arrays(tmp_path / "scmdm.state.npz", arrays, header | {"step": "5"})
+    with pytest.raises(ValueError, match="state.npz is not the state of a run"):
+        run_optimise(tmp_path, resume=True)
     scmdm.save_arrays(tmp_path / "scmdm.state.npz", arrays, header)
     run_optimise(tmp_path, resume=True, lr=3e-3)  # after a NaN, say
 

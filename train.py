@@ -167,7 +167,9 @@ def save_state(path, step, run, *of):
 def load_state(path, run, parameters, averages, optimiser):
     """Put a state back where it was saved from; returns its step. Raises ValueError if it is not of this `run`."""
     arrays, header = load_arrays(path)
-    found, step = header.get("run") or {}, header.get("step")
+    found, step = header.get("run"), header.get("step")
+    if not isinstance(found, dict) or type(step) is not int:
+        raise ValueError(f"--resume: {path} is not the state of a run")
     if differs := {k: f"{found.get(k)}, expected {v}" for k, v in run.items() if found.get(k) != v}:
         raise ValueError(f"--resume: {path} is of another run: {differs}")
     for p in parameters.values():
@@ -193,9 +195,13 @@ def optimise(model, loss_of, train, args, name, out, **more):
     generators = torch.Generator(), torch.Generator(device)  # of batches (always on the CPU), of noise
     average = copy.deepcopy(model).requires_grad_(False)
     parameters, averages = dict(model.named_parameters()), list(average.parameters())
-    decayed = [[p for n, p in parameters.items() if (p.ndim == 2 and "embed" not in n) == yes] for yes in (True, False)]
+    matrices = {n: p for n, p in parameters.items() if p.ndim == 2 and "embed" not in n}
+    others = {n: p for n, p in parameters.items() if n not in matrices}
     optimiser = torch.optim.AdamW(
-        [{"params": decayed[0], "weight_decay": args.weight_decay}, {"params": decayed[1], "weight_decay": 0.0}],
+        [
+            {"params": matrices.values(), "weight_decay": args.weight_decay},
+            {"params": others.values(), "weight_decay": 0.0},
+        ],
         lr=args.lr,
         betas=(0.9, 0.98),  # a short memory of squared gradients: the 1/t weight makes them uneven
     )
