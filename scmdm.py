@@ -1,24 +1,26 @@
 """Self-Conditioned Masked Diffusion Models (SCMDM): the method, whole, in one file.
 
-A masked diffusion model writes a sequence by starting from nothing but [MASK] and revealing tokens
-over a number of steps. At each step it predicts every token, keeps the few that are revealed, and
-throws the other predictions away: a position that stays masked is inferred again from nothing.
-SCMDM (Cardei, Ta & Fioretto 2026, arXiv 2604.26985) feeds those predictions back. It takes a
-pretrained model, makes the smallest change to it that lets the signal in (here: one matrix), and
-trains a little longer. Sampling needs no extra calls.
+A masked diffusion model writes a sequence by starting from nothing but [MASK] and revealing tokens over a
+number of steps. At each step it predicts every token, keeps the few that are revealed, and throws the other
+predictions away: a position that stays masked is worked out again from its visible neighbours, and what the
+last call had found out about it is lost. SCMDM (Cardei, Ta & Fioretto 2026, arXiv 2604.26985) feeds those
+predictions back. It takes a pretrained model, makes the smallest change that lets them in (here: one matrix),
+and trains a little longer. Sampling needs no extra calls.
 
 Read from top to bottom:
     1. the schedule         how much is masked at time t
     2. the forward process  clean tokens -> masked tokens
     3. the self-conditioning adapter, and the Transformer that carries it
     4. the loss             what training minimises, and where SCMDM differs
-    5. the sampler          masked tokens -> clean tokens
+    5. the sampler          masked tokens -> clean tokens, and the likelihood bound of what it does
     6. save and load        one .npz, which any framework with numpy can read
 
-One convention for time, everywhere: t = 0 is clean, t = 1 is all masked, and s < t is the next,
-cleaner time. Shapes: B sequences, L positions, V tokens, D model dimensions. Tokens are 0..V-1 and
-the mask is V (`mask_id`): the model has an embedding for the mask but no logit, so it can never
-predict one.
+What is the paper's: feeding the prediction back, adapting after pretraining, pass 1 without gradient. What is
+ours: the exact form of the injection (`SelfConditioning`), `unroll` and `sampler_bound`.
+
+One convention for time, everywhere: t = 0 is clean, t = 1 is all masked, and s < t is the next, cleaner time.
+Shapes: B sequences, L positions, V tokens, D model dimensions. Tokens are 0..V-1 and the mask is V
+(`mask_id`): the model has an embedding for the mask but no logit, so it can never predict one.
 """
 
 import copy
@@ -34,11 +36,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-T_MIN = 1e-3  # the smallest time the loss looks at: towards t = 0 ever rarer masks have ever larger weights, 1/t
-
-# ---------------------------------------------------------------------------------------------
-# 1. The schedule
-# ---------------------------------------------------------------------------------------------
+# --- 1. The schedule --------------------------------------------------------------------------------------
 
 
 class Schedule(NamedTuple):
@@ -56,34 +54,25 @@ COSINE = Schedule(  # MD4's and MaskGIT's: reveals few tokens at first, when lit
 
 
 def unmask_prob(s, t, schedule=LINEAR):
-    """Probability that a position masked at t > 0 is revealed by s < t: P(visible at s and masked at t) / P(masked at t)."""
+    """The probability that a position, masked at t > 0, is visible at s < t."""
     return (schedule.alpha(s) - schedule.alpha(t)) / (1 - schedule.alpha(t))
 
 
-# ---------------------------------------------------------------------------------------------
-# 2. The forward process
-# ---------------------------------------------------------------------------------------------
+# --- 2. The forward process -------------------------------------------------------------------------------
 
 
 def uniform(shape, device, generator=None):
-    """Uniform numbers in [0, 1): all the randomness of the loss and of the sampler, so that a port can replay it.
+    """Uniform numbers in [0, 1): the only source of randomness in this file, so that a port can replay it.
 
-    In float64, because float32 is too coarse for rare tokens at many steps: a float32 Gumbel draw
-    starves them (Zheng et al. 2024, arXiv 2409.02908). Apple's mps has no float64 and makes do with float32.
-    The order of the draws: the loss takes times (1,) unless they are given, masks (B, L), and who gets
-    the signal (B,); the sampler, at each step, which masks to reveal (B, L), then the tokens (B, L).
+    In float64, because float32 is too coarse for rare tokens at many steps: one float32 Gumbel draw over
+    {tokens, mask} starves them (Zheng et al. 2024, arXiv 2409.02908). Apple's mps has only float32.
     """
     dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
     return torch.rand(shape, dtype=dtype, device=device, generator=generator)
 
 
-def q_sample(x0, t, mask_id, *, frozen=None, schedule=LINEAR, generator=None):
-    """Draw xt from q(xt | x0): each token is kept with probability alpha(t), else it becomes the mask.
-
-    x0 [B, L] int64 tokens; t a number or [B], one time a sequence; frozen [B, L] bool, positions
-    that are never masked. Returns xt [B, L]. From the same generator state, a larger t masks a superset.
-    """
-    u = uniform(x0.shape, x0.device, generator)  # [B, L]
+def mask_tokens(x0, u, t, mask_id, frozen=None, schedule=LINEAR):
+    """xt from uniforms u [B, L] at times t, [B] or a number. With the same u a larger t masks a superset."""
     t = torch.as_tensor(t, dtype=u.dtype, device=u.device).reshape(-1, 1)  # [B, 1] or [1, 1]
     masked = u < 1 - schedule.alpha(t)  # [B, L]
     if frozen is not None:
@@ -91,23 +80,30 @@ def q_sample(x0, t, mask_id, *, frozen=None, schedule=LINEAR, generator=None):
     return torch.where(masked, mask_id, x0)
 
 
-# ---------------------------------------------------------------------------------------------
-# 3. The denoiser
-# ---------------------------------------------------------------------------------------------
+def q_sample(x0, t, mask_id, *, frozen=None, schedule=LINEAR, generator=None):
+    """Draw xt from q(xt | x0): each token is kept with probability alpha(t), else it becomes the mask.
+
+    x0 [B, L] int64 tokens; t a number or [B], one time for each sequence; frozen [B, L] bool, positions that
+    are never masked. Returns xt [B, L].
+    """
+    return mask_tokens(x0, uniform(x0.shape, x0.device, generator), t, mask_id, frozen, schedule)
+
+
+# --- 3. The denoiser --------------------------------------------------------------------------------------
 
 
 class SelfConditioning(nn.Module):
-    """All that is added to a model: one D x D matrix, W, with no bias. (The paper asks for a minimal change; this form is ours.)
+    """All that is added to a model: one D x D matrix W, without bias.
 
-        h = E[xt] + 1[xt is MASK] * x0_prev @ E @ W^T
+        h = E[xt] + 1[xt is MASK] * x0_prev @ E[:V] @ W.T
 
-    The previous prediction x0_prev, a distribution over tokens, becomes the mean embedding of those
-    tokens, and W says how to mix it in. W starts at zero, so the adapted model is exactly the
-    pretrained one until it is trained. A visible position gets nothing: its token is known.
+    This form is ours; the paper asks for a minimal change. The previous prediction x0_prev, a distribution
+    over tokens, becomes the mean embedding of those tokens, and W says how to mix it in. W starts at zero, so
+    the adapted model is exactly the pretrained one until it is trained. A visible token gets nothing.
 
-    embedding is the model's own nn.Embedding, of at least V rows. It stays the model's (it is not
-    among this module's parameters, and learns through both its uses); if the model replaces it,
-    make the adapter anew. Works with any model: add the result to its token embeddings.
+    embedding is the model's own nn.Embedding, of at least V rows. It stays the model's (it is not among this
+    module's parameters, and learns through both its uses); if the model replaces it, make the adapter anew.
+    Works with any model: add the result to its token embeddings.
     """
 
     def __init__(self, embedding, mask_id):
@@ -118,20 +114,18 @@ class SelfConditioning(nn.Module):
         self.W = nn.Parameter(embedding.weight.new_zeros(dim, dim))
 
     def forward(self, xt, x0_prev=None):
-        """xt [B, L]; x0_prev [B, L, V] probabilities -> [B, L, D]. No signal is all zeros, or None: the result is exactly zero."""
+        """xt [B, L]; x0_prev [B, L, V] probabilities -> [B, L, D]. No signal, None or zeros, gives zero."""
         E = self.shared[0].weight  # [V+1, D]
         if x0_prev is None:
             return E.new_zeros(*xt.shape, E.shape[1])
-        if x0_prev.shape[:2] != xt.shape:
-            raise ValueError(f"x0_prev is {tuple(x0_prev.shape)}, expected {tuple(xt.shape)} and the V tokens")
-        p = x0_prev.to(E.dtype).flatten(0, 1)  # [B*L, V]
-        h = torch.linalg.multi_dot((p, E[: p.shape[1]], self.W.T))  # p @ E @ W^T, in the order that costs least
-        return torch.where((xt == self.mask_id)[..., None], h.view(*xt.shape, E.shape[1]), 0)
+        V = x0_prev.shape[-1]
+        h = x0_prev.to(E.dtype) @ E[:V] @ self.W.T  # [B, L, D]
+        return torch.where((xt == self.mask_id)[..., None], h, 0)
 
 
 @dataclass
 class Config:
-    """What a Transformer is. Raises ValueError for a size that cannot be."""
+    """What a Transformer is. Raises ValueError if the heads do not divide dim into pairs of features."""
 
     vocab_size: int  # V, without the mask
     length: int  # the longest sequence, in tokens
@@ -140,19 +134,15 @@ class Config:
     heads: int = 4
     causal: bool = False  # True: an autoregressive model (the judge), else a denoiser that sees all positions
     self_conditioning: bool = False
-    positions: bool = False  # an embedding of each position too: for sequences with a beginning (a molecule, an image)
+    positions: bool = False  # an embedding of each position too: for what has a beginning, as a grid has
 
     def __post_init__(self):
-        for name in ("vocab_size", "length", "dim", "depth", "heads"):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= 10**7:
-                raise ValueError(f"Config.{name} is {value!r}, expected a whole number from 1 to 10**7")
         if self.dim % (2 * self.heads):
             raise ValueError(f"Config.dim is {self.dim}, expected a multiple of 2 * heads = {2 * self.heads}")
 
 
 def rotate(x):
-    """Rotary positions (Su et al. 2021): turn each pair of features of x [B, H, L, K] by angle position * frequency."""
+    """Rotary positions (Su et al. 2021): turn each pair of features of x [B, H, L, K] by an angle."""
     L, K = x.shape[-2:]
     frequency = 10000 ** (-torch.arange(0, K, 2, device=x.device) / K)  # [K/2]
     angle = torch.arange(L, device=x.device)[:, None] * frequency  # [L, K/2]
@@ -176,22 +166,22 @@ class Block(nn.Module):
 
     def forward(self, h):
         B, L, D = h.shape
-        qkv = self.qkv(self.norm1(h)).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv  # each [B, H, L, K], K = D / H
+        qkv = self.qkv(self.norm1(h)).view(B, L, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, L, K], K = D / H
         a = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=self.causal)
         h = h + self.out(a.transpose(1, 2).reshape(B, L, D))
         return h + self.down(F.gelu(self.up(self.norm2(h)), approximate="tanh"))
 
 
 class Transformer(nn.Module):
-    """The denoiser f(xt, x0_prev) -> logits: a plain bidirectional Transformer with V logits, none for the mask.
+    """The denoiser f(xt, x0_prev) -> logits: a plain bidirectional Transformer with V logits.
 
-    It has no time input. For absorbing diffusion the distribution of the clean tokens given xt does
-    not depend on t: xt already shows what is masked (Ou et al. 2024, RADD, arXiv 2406.03736).
+    It has no time input. For absorbing diffusion the distribution of the clean tokens given xt does not
+    depend on t: xt already shows what is masked (Ou et al. 2024, RADD, arXiv 2406.03736).
 
-    Rotary positions say how far apart two positions are, not where they stand, so that a sequence of
-    nothing but masks looks the same everywhere. That is right for a window of a longer text; for
-    anything that has a first position, set config.positions.
+    Rotary positions say how far apart two positions are, not where they stand, so that a sequence of nothing
+    but masks looks the same everywhere. That is right for a window of a longer text; for anything that has a
+    first position, set config.positions.
     """
 
     def __init__(self, config):
@@ -204,12 +194,14 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.norm = nn.LayerNorm(config.dim, bias=False)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.self_conditioning = SelfConditioning(self.embed, self.mask_id) if config.self_conditioning else None
+        self.self_conditioning = None
         for name, p in self.named_parameters():
-            if p.ndim == 2 and "self_conditioning" not in name:
-                # GPT-2's initialisation: what is added to the residual stream is divided by the root of the number of additions
+            if p.ndim == 2:
+                # GPT-2's initialisation: smaller for what is added to the residual stream, 2 * depth times
                 residual = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.depth) if residual else 0.02)
+        if config.self_conditioning:
+            self.self_conditioning = SelfConditioning(self.embed, self.mask_id)  # its W stays zero
 
     def forward(self, xt, x0_prev=None):
         """xt [B, L] tokens or mask; x0_prev [B, L, V] or None -> logits [B, L, V] of the clean tokens.
@@ -217,7 +209,7 @@ class Transformer(nn.Module):
         A vanilla model ignores x0_prev. Raises ValueError if L is more than config.length.
         """
         if xt.shape[1] > self.config.length:
-            raise ValueError(f"xt has {xt.shape[1]} positions, expected at most config.length = {self.config.length}")
+            raise ValueError(f"xt has {xt.shape[1]} positions, expected at most {self.config.length}")
         h = self.embed(xt)  # [B, L, D]
         if self.self_conditioning is not None and x0_prev is not None:
             h = h + self.self_conditioning(xt, x0_prev)
@@ -229,7 +221,7 @@ class Transformer(nn.Module):
 
 
 def add_self_conditioning(model):
-    """A copy of a pretrained vanilla Transformer with the adapter in it: equal to it, exactly, until it is trained."""
+    """A copy of a pretrained vanilla Transformer with the adapter in it: exactly equal until trained."""
     if model.config.self_conditioning or model.config.causal:
         raise ValueError(f"add_self_conditioning got {model.config}, expected a vanilla, bidirectional model")
     model = copy.deepcopy(model)
@@ -238,90 +230,107 @@ def add_self_conditioning(model):
     return model
 
 
-# ---------------------------------------------------------------------------------------------
-# 4. The loss
-# ---------------------------------------------------------------------------------------------
+# --- 4. The loss ------------------------------------------------------------------------------------------
+
+
+T_MIN = 1e-3  # the smallest time the loss looks at: towards t = 0 ever rarer masks weigh ever more, 1/t
 
 
 def without_mask(logits, mask_id):
-    """logits [B, L, V] in float32, and if the mask is one of the V tokens (as in BERT), never the mask."""
+    """logits [..., V] in float32, and if the mask is one of the V tokens (as in BERT), never the mask."""
     logits = logits.float()
     if mask_id < logits.shape[-1]:
         logits = logits.index_fill(-1, torch.tensor(mask_id, device=logits.device), -math.inf)
     return logits
 
 
+def masked_nll(logits, x0, masked, mask_id):
+    """sum over masked i of -log p(x0_i), the p from logits [B, L, V]. [B], nats for each sequence."""
+    nll = torch.zeros(x0.shape, device=x0.device)  # [B, L]
+    nll[masked] = F.cross_entropy(without_mask(logits[masked], mask_id), x0[masked].long(), reduction="none")
+    return nll.sum(1)
+
+
 def diffusion_loss(
-    denoiser, x0, mask_id, *, self_cond_rate=1.0, frozen=None, schedule=LINEAR, generator=None, t=None
-):
-    """Estimate of the continuous-time NELBO, an upper bound of -log p(x0), of each sequence. [B], nats a sequence.
+    denoiser, x0, mask_id, *,
+    self_cond_rate=1.0, unroll=1, frozen=None, schedule=LINEAR, generator=None, t=None,
+):  # fmt: skip
+    """Estimate of the NELBO (negative evidence lower bound), which bounds -log p(x0) from above. [B], nats.
 
         E_t [ weight(t) * sum over masked i of -log p(x0_i | xt, x0_prev) ],  weight = -alpha' / (1 - alpha)
 
-    The weight is the rate at which masks are lifted at t: unmask_prob(t - dt, t) = weight(t) dt. So the
-    loss adds up what each token costs at the moment it is revealed, over the whole way from t = 1 to 0.
+    What it means: the average, over all orders in which the tokens could be revealed, of the chain-rule cost
+    of the sequence. The weight is the rate at which masks are lifted, unmask_prob(t - dt, t) = weight(t) dt,
+    so that each token is paid for once, when it is revealed. For the linear schedule it is 1/t. The value
+    does not depend on the schedule (MD4, Shi et al. 2024, arXiv 2406.04329; MDLM, Sahoo et al., 2406.07524).
 
-    denoiser: any callable (xt [B, L], x0_prev [B, L, V] or None) -> logits [B, L, V]; x0 [B, L]
-    tokens, none of them the mask. self_cond_rate: the probability, for each sequence, that the
-    denoiser is given its own first prediction: 1 is SCMDM, 0.5 the habit when training from scratch,
-    0 vanilla training. At rate 1 the first prediction itself is never scored: pretraining has made it
-    good. frozen [B, L] bool: positions never masked and never scored.
-    t [B]: the times, if not to be drawn (the floor applies to them too).
+    denoiser: any callable (xt [B, L], x0_prev [B, L, V] or None) -> logits [B, L, V]. It is never told t. A
+        model with a time input cannot be adapted by this code as it stands: every call here, those of pass 1
+        and those of the sampler too, would have to hand it the time of its own state.
+    x0 [B, L]: tokens, none of them the mask. frozen [B, L] bool: positions never masked and never scored.
+    self_cond_rate: the probability, for each sequence, that the denoiser is given its own prediction: 1 is
+        SCMDM, 0.5 the habit when training from scratch, 0 vanilla training.
+    unroll: the most passes that make the signal. 1 is the paper's recipe; more is ours, see pass 1 below.
+    t [B]: the times, if they are not to be drawn (the floor T_MIN applies to them too).
+    Order of the draws: times (1,) if not given, masks (B, L), who gets the signal (B,), and with unroll > 1
+    the number of passes (1,) and of calls (B,). Raises ValueError if self_cond_rate is outside [0, 1].
 
-    At rate 1 this bounds the likelihood of the two-pass model. `sample` makes one call a step and gives
-    it an older prediction, so that this is a measure of the denoiser, and not of what `sample` draws.
-    The bound is that of MD4 (Shi et al. 2024, arXiv 2406.04329) and MDLM (Sahoo et al. 2024, arXiv
-    2406.07524); for the linear schedule the weight is 1/t. Its value does not depend on the schedule.
-    Raises ValueError if self_cond_rate is outside [0, 1].
+    This bound is the denoiser's, with a signal made as here. What `sample` does has its own: `sampler_bound`.
     """
     if not 0 <= self_cond_rate <= 1:
         raise ValueError(f"self_cond_rate is {self_cond_rate}, expected a number from 0 to 1")
     B, L = x0.shape
 
-    # 1. One time a sequence. One draw, spread evenly over the batch ("antithetic"), for a calmer loss.
+    # 1. One time for each sequence. One draw, spread evenly over the batch ("antithetic"), for a calmer loss.
     if t is None:
         u = uniform((1,), x0.device, generator)
-        t = (u + torch.arange(B, device=x0.device, dtype=u.dtype) / B) % 1  # [B]
+        t = (u + torch.arange(B, device=x0.device, dtype=u.dtype) / max(B, 1)) % 1  # [B]
     t = t.clamp(min=T_MIN)
 
     # 2. Mask.
-    xt = q_sample(x0, t, mask_id, frozen=frozen, schedule=schedule, generator=generator)  # [B, L]
+    u = uniform(x0.shape, x0.device, generator)  # [B, L]
+    xt = mask_tokens(x0, u, t, mask_id, frozen, schedule)  # [B, L]
 
-    # 3. Pass 1, the method: the model's own prediction from xt alone becomes the signal. It stands in
-    #    for the prediction of the step before, which in sampling is made from a slightly more masked
-    #    xt. No gradient goes through it, or the model would shape pass 1 to help pass 2 and no longer
-    #    to estimate x0.
+    # 3. Pass 1, the method: the model's own prediction becomes the signal. No gradient goes through it, or
+    #    the model would shape pass 1 to help pass 2 and no longer to estimate x0.
+    #    The paper makes it at xt itself, from no signal. Sampling makes it at the state before, with a signal
+    #    that was made with a signal, and so on. unroll > 1 (ours; the idea is SUNDAE's, Savinov et al. 2022,
+    #    arXiv 2112.06749) walks there as sampling does: the last k states before xt of a sampler of T calls.
     given = uniform((B,), x0.device, generator) < self_cond_rate  # [B]
     x0_prev = None
     if self_cond_rate > 0:
+        times = [t]
+        if unroll > 1:
+            k = 1 + int(unroll * uniform((1,), x0.device, generator))  # 1..unroll
+            T = L * 4 ** (2 * uniform((B,), x0.device, generator) - 1)  # [B] calls, log-uniform, L/4 to 4L
+            times = [t + i / T for i in range(k, 0, -1)]  # k times [B], falling towards t
         with torch.no_grad():
-            x0_prev = without_mask(denoiser(xt, None), mask_id).softmax(-1)  # [B, L, V]
+            for time in times:
+                x = mask_tokens(x0, u, time, mask_id, frozen, schedule)  # the same u: the masks are nested
+                x0_prev = without_mask(denoiser(x, x0_prev), mask_id).softmax(-1)  # [B, L, V]
+                x0_prev = torch.where((time <= 1)[:, None, None], x0_prev, 0)  # no call before t = 1
             x0_prev = torch.where(given[:, None, None], x0_prev, 0)  # all zero: no signal
         # PyTorch before pull request 165068 (of late 2025) would reuse, in pass 2 and under autocast,
         # the casts of the weights that pass 1 made, and those carry no gradient.
         torch.clear_autocast_cache()
 
-    # 4. Pass 2, at the same xt and t: score the masked positions, weigh by time.
-    logits = without_mask(denoiser(xt, x0_prev), mask_id)  # [B, L, V]
-    nll = F.cross_entropy(logits.flatten(0, 1), x0.flatten().long(), reduction="none").view(B, L)
-    nll = torch.where(xt == mask_id, nll, 0).sum(1)  # [B]
+    # 4. Pass 2, at xt: score the masked positions, weigh by time.
+    nll = masked_nll(denoiser(xt, x0_prev), x0, xt == mask_id, mask_id)  # [B]
     weight = -schedule.dalpha(t) / (1 - schedule.alpha(t))  # [B]
     return weight.to(nll.dtype) * nll
 
 
-# ---------------------------------------------------------------------------------------------
-# 5. The sampler
-# ---------------------------------------------------------------------------------------------
+# --- 5. The sampler ---------------------------------------------------------------------------------------
 
 
 def draw(probs, u):
-    """Draw a token for each row of probs [..., V], by the uniforms u [...]: the first whose cumulative sum passes u."""
+    """Draw a token from each row of probs [..., V] by u [...]: the first whose cumulative sum exceeds u."""
     cdf = probs.cumsum(-1)
     return torch.searchsorted(cdf / cdf[..., -1:], u[..., None], right=True)[..., 0]
 
 
 def token_probs(logits, temperature, top_p):
-    """The distribution tokens are drawn from: softmax(logits / temperature), cut to the smallest nucleus of mass top_p."""
+    """What tokens are drawn from: softmax(logits / temperature), cut to the smallest nucleus of top_p."""
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
     # the largest is subtracted first, so that dividing by a small temperature cannot give +inf
@@ -335,28 +344,20 @@ def token_probs(logits, temperature, top_p):
 
 @torch.no_grad()
 def sample(
-    denoiser,
-    x,
-    mask_id,
-    steps,
-    *,
-    temperature=1.0,
-    top_p=1.0,
-    order="random",
-    schedule=LINEAR,
-    generator=None,
-    on_step=None,
-):
+    denoiser, x, mask_id, steps, *,
+    temperature=1.0, top_p=1.0, order="random", schedule=LINEAR, generator=None, on_step=None,
+):  # fmt: skip
     """Fill every mask of the canvas x [B, L] in exactly `steps` calls of the denoiser; returns [B, L].
 
     x holds mask_id where tokens are wanted and known tokens elsewhere, which come back as they are:
     prompts, suffixes and infilling are all just canvases. Call k is given the prediction of call
     k-1, and call 0 none. The prediction is fed back as it is, whatever the temperature and top_p.
 
-    order: "random" follows the diffusion process; "confidence" reveals as many as the schedule
-    expects, those whose drawn token the model thinks likeliest first (as MaskGIT, arXiv 2202.04200,
-    without the noise it adds to the confidence).
+    order: "random" follows the diffusion process; "confidence" reveals as many as the schedule expects, those
+    whose drawn token the model thinks likeliest first (as MaskGIT, arXiv 2202.04200, without the noise it
+    adds to the confidence). It prefers what is safe: samples come out shorter, more alike, repeated.
     on_step(step, x, x0_prev): called after each step with the new state and the prediction it was drawn from.
+    Order of the draws at each step: which masks to reveal (B, L), then the tokens (B, L).
     Raises ValueError for steps < 1, temperature < 0, top_p outside (0, 1], an unknown order, or logits
     that are no distribution (NaN, +inf, or all -inf).
     """
@@ -373,10 +374,10 @@ def sample(
     x0_prev = None
     for step in range(steps):
         # The signal changes at every call, so the call is made even if no token has changed.
-        logits = without_mask(denoiser(x, x0_prev), mask_id)  # [B, L, V]
-        if not logits.amax(-1).isfinite().all():
+        logits = denoiser(x, x0_prev)  # [B, L, V]
+        x0_prev = without_mask(logits, mask_id).softmax(-1)  # [B, L, V]: what the next call is given
+        if x0_prev.sum(-1).isnan().any():
             raise ValueError(f"the denoiser gave logits that are NaN or infinite at step {step}")
-        x0_prev = logits.softmax(-1)  # [B, L, V]: what the next call is given
 
         u_reveal = uniform(x.shape, x.device, generator)  # [B, L]
         u_token = uniform(x.shape, x.device, generator)  # [B, L]
@@ -384,103 +385,90 @@ def sample(
         s = torch.tensor(1 - (step + 1) / steps, dtype=u_token.dtype, device=x.device)
         masked = x == mask_id  # [B, L]
 
-        # Which token, and whether it is revealed, are two separate draws, by inverting a cumulative sum
-        # in float64: one Gumbel draw over {tokens, mask} in float32 would starve rare tokens. At s = 0
-        # every mask is revealed.
-        token = draw(token_probs(logits.to(u_token.dtype), temperature, top_p), u_token)  # [B, L]
-        if order == "random":
-            reveal = u_reveal < unmask_prob(s, t, schedule)  # [B, L]
-        else:
-            confidence = x0_prev.gather(-1, token[..., None])[..., 0].masked_fill(~masked, -1)
-            rank = confidence.argsort(dim=-1, descending=True, stable=True).argsort(-1)  # 0 = most confident
+        # Whether a mask is revealed, and which token it becomes, are two separate draws in float64: one
+        # Gumbel draw over {tokens, mask} in float32 would starve rare tokens. At s = 0 all are revealed.
+        reveal = masked & (u_reveal < unmask_prob(s, t, schedule)) if order == "random" else masked
+        wanted_logits = without_mask(logits[reveal], mask_id).to(u_token.dtype)  # [R, V], only where drawn
+        drawn = x.clone()
+        drawn[reveal] = draw(token_probs(wanted_logits, temperature, top_p), u_token[reveal]).to(x.dtype)
+
+        if order == "confidence":  # of all that was drawn, keep what the model thinks likeliest
+            confidence = x0_prev.gather(-1, torch.where(masked, drawn, 0)[..., None].long())[..., 0]  # [B, L]
+            confidence = confidence.masked_fill(~masked, -1)
+            rank = confidence.argsort(dim=-1, descending=True, stable=True).argsort(-1)  # 0 = the surest
             left = ((1 - schedule.alpha(s)) * wanted).round()  # [B, 1] masks that the schedule leaves at s
-            reveal = rank < masked.sum(1, keepdim=True) - left
-        x = torch.where(masked & reveal, token.to(x.dtype), x)
+            reveal = masked & (rank < masked.sum(1, keepdim=True) - left)
+        x = torch.where(reveal, drawn, x)
         if on_step is not None:
             on_step(step, x, x0_prev)
     return x
 
 
-# ---------------------------------------------------------------------------------------------
-# 6. Save and load
-# ---------------------------------------------------------------------------------------------
+@torch.no_grad()
+def sampler_bound(denoiser, x0, mask_id, steps, *, frozen=None, schedule=LINEAR, generator=None):
+    """Estimate of the bound on -log p(x0) under `sample(..., steps)`. [B], nats per sequence. Ours.
 
-
-def save_arrays(path, arrays, header):
-    """Write named arrays and one JSON header to an .npz. A crash at any byte leaves an older file whole.
-
-    Raises ValueError if a value is not finite (load_arrays would refuse it), OSError if the file cannot be written.
+    diffusion_loss says what the denoiser can do; this says what the sampler does, its few steps and its
+    carried signal included, and no temperature can fake it. It walks the sampler's own path to x0, with
+    nested masks from one u: at each call a masked token is revealed with probability unmask_prob(s, t), and
+    costs -log p(x0_i) if it is.
     """
-    path = os.fspath(path)
-    for name, array in arrays.items():
-        if not np.isfinite(array).all():
-            raise ValueError(f"{path}: not written, array {name} has a value that is not finite")
-    text = np.array(json.dumps(header, ensure_ascii=False))
-    temporary = f"{path}.{os.getpid()}.tmp"  # in the same folder, so that the renaming is atomic
-    try:
-        with open(temporary, "wb") as f:
-            np.savez(f, header=text, **arrays)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException as e:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        if isinstance(e, OSError):  # a full disk does not say for which file
-            raise OSError(e.errno, e.strerror, path) from None
-        raise
+    u = uniform(x0.shape, x0.device, generator)  # [B, L]
+    bound, x0_prev = 0, None
+    for step in range(steps):
+        t, s = (torch.tensor(1 - k / steps, dtype=u.dtype, device=u.device) for k in (step, step + 1))
+        xt = mask_tokens(x0, u, t, mask_id, frozen, schedule)  # [B, L]
+        logits = denoiser(xt, x0_prev)  # [B, L, V]
+        cost = masked_nll(logits, x0, xt == mask_id, mask_id)  # [B]
+        bound = bound + unmask_prob(s, t, schedule).to(cost.dtype) * cost
+        x0_prev = without_mask(logits, mask_id).softmax(-1)
+    return bound
 
 
-def load_arrays(path):
-    """Read what save_arrays wrote -> (arrays, header). Never unpickles. Raises ValueError if it is anything else."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        header = dict(json.loads(str(arrays.pop("header"))))
-    except (FileNotFoundError, PermissionError) as e:
-        raise ValueError(f"{path}: {e.strerror}") from None
-    except Exception as e:  # a damaged zip raises nearly anything
-        raise ValueError(f"{path}: not a model file, or a damaged one ({type(e).__name__})") from None
-    for name, array in arrays.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise ValueError(f"{path}: array {name} has a value that is not finite")
-    return arrays, header
+# --- 6. Save and load -------------------------------------------------------------------------------------
 
 
 def save(path, model, **info):
     """Write a Transformer and whatever is to be remembered of it (`info`: JSON values) to one .npz.
 
-    What the model was loaded with is remembered too. One array a parameter, under its PyTorch name and
-    in its own precision (bfloat16, which numpy lacks, as float32; model.half() makes a small file), and
-    `header`, a JSON string: config and info.
+    What it was loaded with is remembered too. One array for each parameter, under its PyTorch name and in its
+    own precision (bfloat16, which numpy lacks, as float32; model.half() makes a small file), and `header`:
+    config and info, UTF-8 JSON as a uint8 array. Written under another name and then renamed, so that a crash
+    leaves an older file whole. Raises OSError if it cannot be written.
     """
     arrays = {}
     for name, p in model.state_dict().items():
         arrays[name] = (p.float() if p.dtype == torch.bfloat16 else p).cpu().numpy()
-    save_arrays(path, arrays, {"config": asdict(model.config), "info": model.info | info})
+    header = json.dumps({"config": asdict(model.config), "info": model.info | info}, ensure_ascii=False)
+    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            np.savez(f, header=np.frombuffer(header.encode("utf-8"), dtype=np.uint8), **arrays)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:  # a full disk does not say for which file
+        raise OSError(e.errno, e.strerror, os.fspath(path)) from None
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
 
 
 def load(path, device="cpu"):
-    """Read a Transformer from an .npz, in float32; model.info is what `save` was given.
+    """Read a Transformer from an .npz, in float32; model.info is what `save` was given. Never unpickles.
 
-    Raises ValueError, in one line, for a file that is missing, damaged, not one of ours, or whose
-    arrays are not those of its config.
+    Raises ValueError, in one line, for a file that is missing, damaged, or not one of ours.
     """
-    arrays, header = load_arrays(path)
     try:
-        config, info = Config(**header["config"]), dict(header["info"])
-        if config.depth > len(arrays):  # so that a hostile depth builds nothing
-            raise ValueError(f"depth is {config.depth}, with {len(arrays)} arrays")
-        with torch.device("meta"):  # shapes only: nothing is allocated until they have been compared
-            model = Transformer(config)
-    except (KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{path}: not a model file ({type(e).__name__}: {e})") from None
-    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    for name in sorted(expected.keys() | arrays.keys()):
-        found = arrays[name].shape if name in arrays else None
-        if found != expected.get(name) or arrays[name].dtype.kind != "f":
-            kind = arrays[name].dtype if name in arrays else "nothing"
-            raise ValueError(f"{path}: array {name} is {kind} {found}, expected floats {expected.get(name)}")
-    model.load_state_dict({name: torch.from_numpy(a.astype(np.float32)) for name, a in arrays.items()}, assign=True)
-    model.info = info
-    return model.requires_grad_().to(device)
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        header = arrays.pop("header")  # uint8; in files of the first version a Unicode string
+        header = json.loads(header.tobytes().decode("utf-8") if header.dtype == np.uint8 else str(header))
+        model = Transformer(Config(**header["config"]))
+        model.load_state_dict({name: torch.from_numpy(a.astype(np.float32)) for name, a in arrays.items()})
+        model.info = dict(header["info"])
+    except (FileNotFoundError, PermissionError) as e:
+        raise ValueError(f"{path}: {e.strerror}") from None
+    except Exception as e:  # a damaged zip raises nearly anything
+        raise ValueError(f"{path}: not a model file, or a damaged one ({type(e).__name__})") from None
+    return model.to(device)

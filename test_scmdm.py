@@ -1,15 +1,16 @@
 """The specification of SCMDM, executable: each test's docstring is one rule.
 
     python -m pytest                  all of it; tests of a GPU say that they were skipped where there is none
-    python test_scmdm.py              write data/golden.npz again (only when the method's arithmetic is meant to change)
+    python test_scmdm.py              write data/golden.npz again (only if the arithmetic is meant to change)
 
     1. oracles        a world so small that every sequence, mask and path can be enumerated
     2. the process    masking, the loss and the sampler, for any model
     3. the method     what self-conditioning must and must not do
-    4. the model      against NumPy, written from the equations: the porter's example; golden values
-    5. engineering    files, training, the command lines, bad input
+    4. the model      against NumPy, written from the equations (data/golden.py); golden values
+    5. engineering    files, training, the command lines
 """
 
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -21,6 +22,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import types
 import zipfile
 from pathlib import Path
@@ -35,6 +37,7 @@ import data
 import sample as sample_py
 import scmdm
 import train as train_py
+from data import golden, measures, results, sudoku, terminal
 from scmdm import (
     COSINE,
     LINEAR,
@@ -46,13 +49,13 @@ from scmdm import (
     load,
     q_sample,
     sample,
+    sampler_bound,
     save,
     unmask_prob,
 )
 
 settings.register_profile("spec", derandomize=True, deadline=None, max_examples=30, database=None)
 settings.load_profile("spec")
-GOLDEN = Path(__file__).parent / "data" / "golden.npz"
 SCHEDULES = {"linear": LINEAR, "cosine": COSINE}
 schedules = st.sampled_from([LINEAR, COSINE])
 seeds = st.integers(0, 2**31 - 1)
@@ -65,7 +68,7 @@ def rng(seed, device="cpu"):
 
 
 def toy(V, seed=0, scale=3.0, mask_id=None):
-    """A denoiser of a few lines that depends on its neighbours, and on the signal at masked positions only."""
+    """A denoiser of a few lines that depends on its neighbours, and at masked positions on the signal."""
     mask_id = V if mask_id is None else mask_id
     g = rng(seed)
     A, N, S = (scale * torch.randn(size, generator=g) for size in ((V + 1, V), (V + 1, V), (V, V)))
@@ -79,6 +82,16 @@ def toy(V, seed=0, scale=3.0, mask_id=None):
     return denoiser
 
 
+def flat(V):
+    """A denoiser that knows nothing."""
+    return lambda xt, x0_prev: torch.zeros(*xt.shape, V)
+
+
+def fixed(logits):
+    """A denoiser that always answers the same."""
+    return lambda xt, x0_prev: logits.expand(*xt.shape, logits.shape[-1])
+
+
 def tiny(V=5, length=6, seed=0, adapted=False, **kw):
     """A Transformer of random weights, large enough to matter; adapted: with a matrix W that is not zero."""
     torch.manual_seed(seed)
@@ -90,6 +103,34 @@ def tiny(V=5, length=6, seed=0, adapted=False, **kw):
         model = add_self_conditioning(model)
         model.self_conditioning.W.data.normal_(0, 0.5)
     return model
+
+
+class Spy:
+    """A denoiser that remembers what it was given and what it answered, one entry for each call."""
+
+    def __init__(self, denoiser):
+        self.denoiser, self.xt, self.x0_prev, self.logits = denoiser, [], [], []
+
+    def __call__(self, xt, x0_prev):
+        self.xt.append(xt.clone())
+        self.x0_prev.append(x0_prev)
+        self.logits.append(self.denoiser(xt, x0_prev))
+        return self.logits[-1]
+
+
+@contextlib.contextmanager
+def replay(*uniforms):
+    """Within it the randomness is these arrays, one for each draw, each of the shape that is asked for."""
+    stack = [torch.as_tensor(u) for u in uniforms]
+
+    def uniform(shape, device, generator=None):
+        assert stack[0].shape == shape
+        return stack.pop(0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scmdm, "uniform", uniform)
+        yield
+    assert not stack, "fewer draws were made"
 
 
 # =============================================================================================
@@ -107,15 +148,13 @@ class World:
         self.p = w / w.sum()  # [N]
         self.onehot = torch.nn.functional.one_hot(self.X, V).double()  # [N, L, V]
         self.entropy = -(self.p * self.p.log()).sum().item()
+        states = torch.tensor(list(itertools.product(range(V + 1), repeat=L)))  # [S, L]
+        agrees = ((states[:, None] == self.X) | (states[:, None] == V)).all(-1).double()  # [S, N]
+        joint = torch.einsum("sn,n,nlv->slv", agrees, self.p, self.onehot)
+        self.table = (joint / joint.sum(-1, keepdim=True)).clamp(min=1e-300).log()  # [S, L, V]
 
     def denoiser(self, xt, x0_prev=None):
-        """log p(x0_i = v | the visible tokens of xt), [B, L, V]; a visible token is as likely as its neighbours say."""
-        states = list(itertools.product(range(self.V + 1), repeat=self.L))
-        if not hasattr(self, "table"):
-            S = torch.tensor(states)  # [states, L]
-            agrees = ((S[:, None] == self.X) | (S[:, None] == self.V)).all(-1).double()  # [states, N]
-            joint = torch.einsum("sn,n,nlv->slv", agrees, self.p, self.onehot)
-            self.table = (joint / joint.sum(-1, keepdim=True)).clamp(min=1e-300).log()
+        """log p(x0_i = v | the visible tokens of xt), [B, L, V]."""
         powers = torch.tensor([(self.V + 1) ** (self.L - 1 - i) for i in range(self.L)])
         return self.table[(xt * powers).sum(1)]
 
@@ -123,13 +162,14 @@ class World:
         return self.X[torch.multinomial(self.p, n, replacement=True, generator=rng(seed))]
 
 
-def masks_of(L):
-    return torch.tensor(list(itertools.product([False, True], repeat=L)))[1:]  # [2^L - 1, L], never empty
-
-
 def two_pass(denoiser):
-    """What SCMDM's second pass computes: a denoiser of xt alone again, so the exact sums below apply to it."""
+    """What SCMDM's second pass computes: a denoiser of xt alone again, so the sums below apply to it."""
     return lambda xt, _=None: denoiser(xt, denoiser(xt, None).float().softmax(-1))
+
+
+def nll_of(logits, X):
+    """-log p(X_i) from logits [N, L, V], in float64. [N, L]."""
+    return -logits.double().log_softmax(-1).gather(-1, X[..., None])[..., 0]
 
 
 def exact_nelbo(denoiser, X, V):
@@ -137,11 +177,10 @@ def exact_nelbo(denoiser, X, V):
     integral over t of (1/t) t^k (1-t)^(L-k) = (k-1)! (L-k)! / L!. No sampling and no schedule. [N] nats."""
     L = X.shape[1]
     total = torch.zeros(len(X), dtype=torch.float64)
-    for mask in masks_of(L):
+    for mask in torch.tensor(list(itertools.product([False, True], repeat=L)))[1:]:
         k = int(mask.sum())
         weight = math.factorial(k - 1) * math.factorial(L - k) / math.factorial(L)
-        logp = denoiser(torch.where(mask, V, X), None).double().log_softmax(-1)
-        total -= weight * (logp.gather(-1, X[..., None])[..., 0] * mask).sum(1)
+        total += weight * (nll_of(denoiser(torch.where(mask, V, X), None), X) * mask).sum(1)
     return total
 
 
@@ -152,23 +191,35 @@ def any_order_nll(denoiser, X, V):
     for order in itertools.permutations(range(L)):
         nll, visible = torch.zeros(len(X), dtype=torch.float64), torch.zeros(L, dtype=torch.bool)
         for i in order:
-            logp = denoiser(torch.where(visible, X, V), None).double().log_softmax(-1)
-            nll -= logp[:, i].gather(-1, X[:, i, None])[:, 0]
+            nll += nll_of(denoiser(torch.where(visible, X, V), None), X)[:, i]
             visible[i] = True
         rows.append(nll)
     return torch.stack(rows)
 
 
-def loss_estimate(denoiser, x0, V, repeats, seed=0, **kw):
-    """Mean of diffusion_loss over x0 [N, L] and its standard error, over independent repeats."""
-    g = rng(seed)
-    means = torch.stack([diffusion_loss(denoiser, x0, V, generator=g, **kw).double().mean() for _ in range(repeats)])
-    return means.mean().item(), (means.std() / repeats**0.5).item()
+def sampler_paths(denoiser, X, V, steps, schedule=LINEAR):
+    """Every path of the sampler to each sequence: at which call each position is revealed, steps^L ways.
+
+    Returns the probability of each path [P] and its cost to each sequence [N, P]: each token costs -log p, at
+    the call that reveals it, by a denoiser that is given its last prediction. So the probability of x under
+    `sample` is the sum of path * exp(-cost), and the sampler's bound is the sum of path * cost.
+    """
+    L = X.shape[1]
+    paths = torch.tensor(list(itertools.product(range(steps), repeat=L)))  # [P, L]
+    masked = 1 - schedule.alpha(1 - torch.arange(steps + 1).double() / steps)  # share masked before each call
+    weight = (masked[:-1] - masked[1:])[paths].prod(1)  # [P]
+    rows, when = X.repeat_interleave(len(paths), 0), paths.repeat(len(X), 1)  # [N * P, L]
+    cost, x0_prev = torch.zeros(len(rows), dtype=torch.float64), None
+    for k in range(steps):
+        logits = denoiser(torch.where(when >= k, V, rows), x0_prev)
+        cost += (nll_of(logits, rows) * (when == k)).sum(1)
+        x0_prev = logits.float().softmax(-1)
+    return weight, cost.view(len(X), -1)
 
 
 def assert_fits(counts, p):
-    """Pearson's chi-square of counts against probabilities, within 5 sigma (Wilson & Hilferty's normal form)."""
-    counts, expected = torch.as_tensor(counts).double(), torch.as_tensor(p).double() * float(counts.sum())
+    """Pearson's chi-square of counts against probabilities, within 5 sigma (Wilson & Hilferty's form)."""
+    counts, expected = torch.as_tensor(counts).double(), torch.as_tensor(p).double() * float(sum(counts))
     assert expected.min() > 4, "too few samples for this test"
     df = len(counts) - 1
     chi2 = ((counts - expected) ** 2 / expected).sum().item()
@@ -183,78 +234,40 @@ def count(x, V):
     return torch.bincount(code, minlength=V**L)
 
 
-def sampler_distribution(denoiser, V, L, steps, schedule):
-    """The exact distribution over the V^L results of `steps` reverse steps, by following every state's probability."""
-    states = torch.tensor(list(itertools.product(range(V + 1), repeat=L)))  # [S, L]
-    mass = torch.zeros(len(states), dtype=torch.float64)
-    mass[-1] = 1  # all masked
-    probs = denoiser(states, None).double().softmax(-1)  # [S, L, V]
-    for step in range(steps):
-        t, s = (torch.tensor(1 - k / steps, dtype=torch.float64) for k in (step, step + 1))
-        a_t, a_s = schedule.alpha(t), schedule.alpha(s)
-        r = (a_s - a_t) / (1 - a_t)
-        # where each position of each state goes: a visible token stays; a mask stays with 1 - r, else becomes v with r p_v
-        goes = torch.zeros(len(states), L, V + 1, dtype=torch.float64)
-        goes.scatter_(2, states[..., None], 1.0)
-        masked = (states == V)[..., None]
-        goes = torch.where(masked, torch.cat((r * probs, (1 - r).expand(len(states), L, 1)), -1), goes)
-        joint = mass[:, None]
-        for i in range(L):  # the outer product over positions is a distribution over states
-            joint = (joint[:, :, None] * goes[:, None, i]).flatten(1)
-        mass = joint.sum(0)
-    done = (states < V).all(1)
-    assert mass[~done].sum() < 1e-12
-    return mass[done]
-
-
 @given(st.sampled_from([(2, 3), (3, 2), (3, 4), (2, 4)]), seeds)
 @settings(max_examples=8)
 def test_nelbo_of_the_exact_denoiser_is_the_entropy(size, seed):
     """The NELBO, summed exactly over all masks, equals the entropy of the data when the denoiser is exact."""
     world = World(*size, seed)
-    assert (world.p * exact_nelbo(world.denoiser, world.X, world.V)).sum().item() == pytest.approx(world.entropy, abs=1e-9)
+    nelbo = (world.p * exact_nelbo(world.denoiser, world.X, world.V)).sum().item()
+    assert nelbo == pytest.approx(world.entropy, abs=1e-9)
 
 
 @given(st.sampled_from([(2, 3), (3, 3), (2, 4)]), seeds, st.booleans())
 @settings(max_examples=8)
 def test_nelbo_is_the_any_order_average_and_a_bound(size, seed, self_conditioned):
-    """For any denoiser the NELBO is the mean over all orders of the chain-rule NLL, and at least the true NLL, of the model and of the data."""
+    """For any denoiser the NELBO is the mean over all orders of the chain-rule NLL, and a bound."""
     world = World(*size, seed)
     denoiser = toy(world.V, seed)
     denoiser = two_pass(denoiser) if self_conditioned else denoiser
-    nelbo, orders = exact_nelbo(denoiser, world.X, world.V), any_order_nll(denoiser, world.X, world.V)
+    nelbo, orders = (f(denoiser, world.X, world.V) for f in (exact_nelbo, any_order_nll))
     assert torch.allclose(nelbo, orders.mean(0), atol=1e-5)
-    assert (nelbo >= -torch.logsumexp(-orders, 0) + math.log(len(orders)) - 1e-5).all()  # the model's own likelihood
+    assert (nelbo >= -torch.logsumexp(-orders, 0) + math.log(len(orders)) - 1e-5).all()  # the model's own NLL
     assert (world.p * nelbo).sum() >= world.entropy - 1e-5
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 def test_diffusion_loss_estimates_the_nelbo(rate, schedule):
-    """diffusion_loss is an unbiased estimate of the exact NELBO, under either schedule, vanilla and self-conditioned."""
-    V, L = 3, 4
+    """diffusion_loss is an unbiased estimate of the NELBO, for either schedule, with and without signal."""
+    V, g = 3, rng(0)
     denoiser = toy(V, 7, scale=1.0)
-    x0 = World(V, L, 1).draw(512, 2)
+    x0 = World(V, 4, 1).draw(512, 2)
     exact = exact_nelbo(two_pass(denoiser) if rate else denoiser, x0, V).mean().item()
-    mean, error = loss_estimate(denoiser, x0, V, 400, self_cond_rate=rate, schedule=SCHEDULES[schedule])
-    assert error < 0.02 * exact
-    assert abs(mean - exact) < 5 * error
-
-
-def test_diffusion_loss_of_the_exact_denoiser_is_the_entropy():
-    """With the exact denoiser and data from the world, the mean loss is the entropy of the world."""
-    world = World(3, 4, 5)
-    rows = (world.p * 4000).round().long()  # the data in proportion, so only the noise of t and the masks is left
-    x0 = world.X.repeat_interleave(rows, 0)
-    p = rows.double() / rows.sum()
-    mean, error = loss_estimate(world.denoiser, x0, 3, 40, self_cond_rate=0.0)
-    exact = -(p * world.p.log()).sum().item() + _dependence(world, p)
-    assert abs(mean - exact) < 5 * error and error < 0.01 * exact
-
-
-def _dependence(world, p):
-    """The NELBO and -log p differ sequence by sequence, not in the mean over p; the rounding of p leaves this."""
-    return (p * (exact_nelbo(world.denoiser, world.X, world.V) + world.p.log())).sum().item()
+    kw = dict(self_cond_rate=rate, schedule=SCHEDULES[schedule], generator=g)
+    means = torch.stack([diffusion_loss(denoiser, x0, V, **kw).mean() for _ in range(400)])
+    error = means.std().item() / 20
+    assert error < 0.02 * exact and abs(means.mean().item() - exact) < 5 * error
 
 
 @given(st.integers(2, 50), st.integers(1, 9), st.integers(1, 64), schedules)
@@ -262,50 +275,82 @@ def _dependence(world, p):
 def test_uniform_model(V, L, B, schedule):
     """A model that knows nothing has an NELBO of L log V: the weight 1/t makes up for what is not masked."""
     x0 = torch.randint(V, (B * 200, L), generator=rng(V))
-    loss = diffusion_loss(lambda xt, _: torch.zeros(*xt.shape, V), x0, V, schedule=schedule, generator=rng(L))
+    loss = diffusion_loss(flat(V), x0, V, schedule=schedule, generator=rng(L))
     assert loss.shape == (len(x0),)
-    standard_error = loss.std().item() / len(x0) ** 0.5
-    assert abs(loss.mean().item() - L * math.log(V)) < 5 * standard_error
+    assert abs(loss.mean().item() - L * math.log(V)) < 5 * loss.std().item() / len(x0) ** 0.5
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+@pytest.mark.parametrize("signal", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, 3, 6])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_sampler_follows_the_process_exactly(steps, schedule):
-    """At any number of steps the samples have exactly the distribution of the reverse process."""
-    world, V, L = World(3, 3, 11), 3, 3
-    x = sample(world.denoiser, torch.full((40000, L), V), V, steps, schedule=SCHEDULES[schedule], generator=rng(steps))
-    p = sampler_distribution(world.denoiser, V, L, steps, SCHEDULES[schedule])
+def test_sampler_follows_the_process_exactly(steps, schedule, signal):
+    """At any number of steps the samples have exactly the distribution of the process, signal included."""
+    V, L, schedule = 3, 3, SCHEDULES[schedule]
+    world = World(V, L, 11)
+    denoiser = toy(V, 5, scale=0.7) if signal else world.denoiser
+    weight, cost = sampler_paths(denoiser, world.X, V, steps, schedule)
+    p = (-cost).exp() @ weight
+    assert p.sum().item() == pytest.approx(1, abs=1e-6)
+    x = sample(denoiser, torch.full((40000, L), V), V, steps, schedule=schedule, generator=rng(steps))
     assert_fits(count(x, V), p)
 
 
-def test_one_step_is_the_product_of_marginals():
-    """One step draws every position from its marginal, independently."""
+def test_one_step_is_the_marginals_and_many_are_the_joint():
+    """One step draws each position from its marginal; many steps, one token at a time, from the joint."""
     world = World(3, 3, 3)
-    marginals = torch.einsum("n,nlv->lv", world.p, world.onehot)
-    product = torch.einsum("a,b,c->abc", *marginals).flatten()
-    x = sample(world.denoiser, torch.full((40000, 3), 3), 3, 1, generator=rng(0))
-    assert_fits(count(x, 3), product)
-    assert (product - world.p).abs().sum() > 0.2  # and that is not the joint
+    product = torch.einsum("a,b,c->abc", *torch.einsum("n,nlv->lv", world.p, world.onehot)).flatten()
+    assert (product - world.p).abs().sum() > 0.2
+    for steps, n, p in ((1, 40000, product), (800, 10000, world.p)):
+        x = sample(world.denoiser, torch.full((n, 3), 3), 3, steps, generator=rng(1))
+        assert_fits(count(x, 3), p)
 
 
-def test_one_token_at_a_time_is_the_joint():
-    """With so many steps that tokens are revealed one by one, the samples have the joint distribution of the data."""
-    world = World(3, 3, 3)
-    x = sample(world.denoiser, torch.full((10000, 3), 3), 3, 800, generator=rng(1))
-    assert_fits(count(x, 3), world.p)
-    assert (sampler_distribution(world.denoiser, 3, 3, 800, LINEAR) - world.p).abs().sum() < 1e-3
+@pytest.mark.parametrize("V, L, steps", [(3, 3, 1), (3, 3, 5), (2, 4, 4), (4, 1, 7)])
+@pytest.mark.parametrize("signal", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_sampler_bound_is_exact(V, L, steps, signal, schedule):
+    """Over all paths sampler_bound is the mean cost of drawing x, and so at least -log p(x) of `sample`."""
+    X, schedule, full = World(V, L, 0).X, SCHEDULES[schedule], toy(V, 3, scale=1.0)
+    vanilla = lambda xt, x0_prev: full(xt, None)  # noqa: E731
+    weight, cost = sampler_paths(full if signal else vanilla, X, V, steps, schedule)
+    # for each path the u that follow it: masked at the call that reveals, and no longer at the next
+    masked = 1 - schedule.alpha(1 - torch.arange(steps + 1).double() / steps)
+    u = torch.tensor(list(itertools.product((masked[:-1] + masked[1:]) / 2, repeat=L)))  # [P, L]
+    with replay(u.repeat(len(X), 1)):
+        rows = X.repeat_interleave(len(u), 0)
+        found = sampler_bound(full if signal else vanilla, rows, V, steps, schedule=schedule)
+    found = found.double().view(len(X), -1) @ weight
+    assert torch.allclose(found, cost @ weight, atol=1e-5)
+    assert (found >= -((-cost).exp() @ weight).log() - 1e-5).all()
+    if signal and steps > 1:
+        weight, cost = sampler_paths(vanilla, X, V, steps, schedule)
+        assert ((found - cost @ weight).abs() > 1e-3).any(), "the signal must matter here"
+
+
+def test_sampler_bound_falls_to_the_entropy():
+    """With the exact denoiser the bound is the entropy and what few steps lose, which is nothing at many."""
+    world, bound = World(3, 3, 11), {}
+    for steps in (1, 2, 4, 8, 16):
+        weight, cost = sampler_paths(world.denoiser, world.X, 3, steps)
+        bound[steps] = (world.p @ cost @ weight).item()
+    above = [value - world.entropy for value in bound.values()]
+    assert all(0 < b < 0.6 * a for a, b in zip(above, above[1:])) and above[-1] < 0.1 * above[0]
+    x0 = world.draw(100000, 0)
+    found = sampler_bound(world.denoiser, x0, 3, 8, generator=rng(0))
+    assert abs(found.mean().item() - bound[8]) < 5 * found.std().item() / len(x0) ** 0.5
 
 
 def test_rare_tokens_come_out_at_their_rate():
     """Tokens of probability 1e-5 are drawn at their rate at 1000 steps.
 
-    Counted over the first 250 steps, where a step reveals one mask in a thousand or so and one float32 Gumbel draw over
-    {tokens, mask} finds almost none of them; in the last steps, which reveal most of what is left, it finds its share.
+    Counted over the first 250 steps, where a step reveals one mask in a thousand or so and one float32 Gumbel
+    draw over {tokens, mask} finds almost none of them; in the last steps, which reveal most of what is left,
+    it finds its share.
     """
     rare, V, B, repeats, first = 1e-5, 256, 250, 200, 250
     probs = torch.full((V,), rare)
     probs[0] = 1 - (V - 1) * rare
-    logits, g, found = probs.log().expand(B, 1, V), rng(0), 0
+    denoiser, g, found = fixed(probs.log()), rng(0), 0
 
     class Enough(Exception):
         pass
@@ -318,7 +363,7 @@ def test_rare_tokens_come_out_at_their_rate():
 
     for _ in range(repeats):  # in batches that fit the processor's cache
         with pytest.raises(Enough):
-            sample(lambda xt, _: logits, torch.full((B, 1), V), V, 1000, generator=g, on_step=on_step)
+            sample(denoiser, torch.full((B, 1), V), V, 1000, generator=g, on_step=on_step)
     expected = (V - 1) * rare * B * repeats * first / 1000  # 31.9
     assert abs(found - expected) < 5 * math.sqrt(expected)
 
@@ -333,26 +378,14 @@ def test_dalpha_is_the_derivative_of_alpha(schedule):
     assert alpha(t)[0] == 1 and alpha(t)[-1] == 0 and (alpha(t).diff() < 0).all()
 
 
-@given(schedules, st.tuples(*[st.floats(0, 1)] * 3).map(sorted).filter(lambda v: v[2] > 0.01))
+@given(schedules, st.tuples(*[st.floats(0, 1)] * 3).map(sorted).filter(lambda times: times[1] > 1e-6))
 def test_chapman_kolmogorov(schedule, times):
-    """A step from t to r is the same as one from t to s and another from s to r: the process has no memory of its steps."""
+    """A step from t to r is one from t to s and one from s to r: the process has no memory of its steps."""
     r, s, t = (torch.tensor(v, dtype=torch.float64) for v in times)
     direct = 1 - unmask_prob(r, t, schedule)  # still masked at r, given masked at t
-    through = (1 - unmask_prob(s, t, schedule)) * (1 - unmask_prob(r, s, schedule) if s > 0 else 1)
-    assert direct.item() == pytest.approx(through.item() if s > 0 else 0.0, abs=1e-9)
-    assert 0 <= unmask_prob(s, t, schedule) <= 1 and unmask_prob(torch.tensor(0.0).double(), t, schedule) == 1
-
-
-@given(schedules, st.integers(2, 6))
-@settings(max_examples=6)
-def test_masks_left_follow_the_schedule(schedule, steps):
-    """After the step to time s, each position is still masked with probability 1 - alpha(s)."""
-    N, left = 20000, []
-    sample(toy(2), torch.full((N, 1), 2), 2, steps, schedule=schedule, generator=rng(steps),
-           on_step=lambda step, x, _: left.append((x == 2).sum().item()))  # fmt: skip
-    for step, n in enumerate(left):
-        p = 1 - schedule.alpha(torch.tensor(1 - (step + 1) / steps, dtype=torch.float64)).item()
-        assert abs(n - N * p) <= 5 * math.sqrt(N * p * (1 - p)) + 1e-9
+    through = (1 - unmask_prob(s, t, schedule)) * (1 - unmask_prob(r, s, schedule))
+    assert direct.item() == pytest.approx(through.item(), abs=1e-9)
+    assert 0 <= unmask_prob(s, t, schedule) <= 1 and unmask_prob(0 * t, t, schedule) == 1
 
 
 # =============================================================================================
@@ -362,7 +395,7 @@ def test_masks_left_follow_the_schedule(schedule, steps):
 
 @given(sizes, seeds, schedules, st.floats(0, 1), st.floats(0, 1))
 def test_masking(size, seed, schedule, t1, t2):
-    """xt is x0 or mask everywhere; nothing is masked at t = 0, all at t = 1; masks are nested in t; frozen positions stay."""
+    """xt is x0 or mask; nothing is masked at t = 0, all at t = 1; masks are nested in t; frozen stays."""
     B, L, V = size
     x0 = torch.randint(V, (B, L), generator=rng(seed))
     frozen = torch.rand(B, L, generator=rng(seed + 1)) < 0.3
@@ -379,21 +412,21 @@ def test_masking(size, seed, schedule, t1, t2):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_masking_rate(schedule):
-    """Each position is masked with probability 1 - alpha(t), independently of the others, each row at its own t."""
-    N, t = 20000, torch.tensor([0.1, 0.5, 0.9])
-    x = q_sample(torch.zeros(3, N, dtype=torch.long), t, 1, schedule=SCHEDULES[schedule], generator=rng(0)).double()
-    p = 1 - SCHEDULES[schedule].alpha(t.double())
+    """Each position is masked with probability 1 - alpha(t), independently, each row at its own t."""
+    N, t, schedule = 20000, torch.tensor([0.1, 0.5, 0.9]), SCHEDULES[schedule]
+    x = q_sample(torch.zeros(3, N, dtype=torch.long), t, 1, schedule=schedule, generator=rng(0)).double()
+    p = 1 - schedule.alpha(t.double())
     assert ((x.mean(1) - p).abs() < 5 * (p * (1 - p) / N).sqrt()).all()
     pairs = (x[:, ::2] * x[:, 1::2]).mean(1)  # both of two neighbours
     assert ((pairs - p**2).abs() < 5 * (p**2 * (1 - p**2) / (N / 2)).sqrt()).all()
 
 
 def test_times_are_spread_evenly():
-    """The times of a batch are antithetic, t_b = (u + b/B) mod 1: one in each of B equal bins, and never below the floor."""
-    seen = []
+    """The times of a batch are t_b = (u + b/B) mod 1, one in each of B equal bins, never below the floor."""
+    seen, x0 = [], torch.zeros(16, 3, dtype=torch.long)
     schedule = scmdm.Schedule(lambda t: (seen.append(t.clone()), 1 - t)[1], LINEAR.dalpha)
     for seed in range(20):
-        diffusion_loss(toy(2), torch.zeros(16, 3, dtype=torch.long), 2, schedule=schedule, generator=rng(seed))
+        diffusion_loss(flat(2), x0, 2, schedule=schedule, generator=rng(seed))
         t = seen[0].flatten()
         seen.clear()
         assert sorted((t * 16).long().tolist()) == list(range(16))
@@ -402,27 +435,30 @@ def test_times_are_spread_evenly():
 
 
 def test_small_times_are_floored():
-    """The weight never exceeds 1 / 0.001, also for times that are given; above the floor those are used as they are."""
-    zero = lambda xt, _: torch.zeros(*xt.shape, 2)  # noqa: E731
+    """The weight never exceeds 1 / 0.001, also for times that are given, used as they are above the floor."""
     x0 = torch.zeros(20000, 1, dtype=torch.long)
-    loss = diffusion_loss(zero, x0, 2, t=torch.zeros(len(x0)), generator=rng(0))
-    assert loss.max().item() == pytest.approx(1000 * math.log(2), rel=1e-4)  # one masked position, weighed 1 / 0.001
-    assert diffusion_loss(zero, x0[:5], 2, t=torch.ones(5)).tolist() == pytest.approx([math.log(2)] * 5)
-    assert diffusion_loss(zero, x0, 2, t=torch.full((len(x0),), 0.5), generator=rng(0)).unique().tolist() == pytest.approx([0, 2 * math.log(2)])
+    at = lambda t: diffusion_loss(flat(2), x0, 2, t=torch.full((len(x0),), t), generator=rng(0))  # noqa: E731
+    assert at(0.0).max().item() == pytest.approx(1000 * math.log(2), rel=1e-4)  # one mask, weighed 1 / 0.001
+    assert at(1.0).unique().tolist() == pytest.approx([math.log(2)])
+    assert at(0.5).unique().tolist() == pytest.approx([0, 2 * math.log(2)])
 
 
-@given(sizes, seeds, schedules, st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([1.0, 1e4]))
-def test_loss_is_finite_and_per_sequence(size, seed, schedule, rate, scale):
-    """The loss is finite at logits of ±1e4, not negative, zero where nothing is masked, and moved by nothing but the masked positions of its own row."""
+rates, unrolls, scales = (st.sampled_from(v) for v in ([0.0, 0.5, 1.0], [1, 3], [1.0, 1e4]))
+
+
+@given(sizes, seeds, schedules, rates, unrolls, scales)
+def test_loss_is_finite_and_per_sequence(size, seed, schedule, rate, unroll, scale):
+    """The loss is finite at logits of ±1e4, and moved by nothing but the masked positions of its own row."""
     B, L, V = size
     x0 = torch.randint(V, (B, L), generator=rng(seed))
     denoiser = toy(V, seed, scale)
-    kw = dict(self_cond_rate=rate, schedule=schedule)
+    kw = dict(self_cond_rate=rate, unroll=unroll, schedule=schedule)
     loss = diffusion_loss(denoiser, x0, V, generator=rng(seed), **kw)
     assert loss.shape == (B,) and torch.isfinite(loss).all() and (loss >= 0).all()
     assert (diffusion_loss(denoiser, x0, V, frozen=torch.ones(B, L, dtype=torch.bool), **kw) == 0).all()
     others = torch.cat((x0[:1], (x0[1:] + 1) % V))
-    assert torch.equal(loss[0], diffusion_loss(denoiser, others, V, generator=rng(seed), **kw)[0]), "another row moved it"
+    moved = diffusion_loss(denoiser, others, V, generator=rng(seed), **kw)
+    assert torch.equal(loss[0], moved[0]), "another row moved it"
 
     # other logits at the visible positions change nothing; a constant added to all logits changes nothing
     def disturbed(xt, x0_prev):
@@ -434,120 +470,135 @@ def test_loss_is_finite_and_per_sequence(size, seed, schedule, rate, scale):
     assert torch.allclose(loss, shifted, rtol=1e-4, atol=1e-2 * scale)
 
 
-@given(sizes, seeds)
-def test_frozen_positions_are_never_scored(size, seed):
-    """A frozen position reaches the denoiser as it is and has no part in the loss, whatever the model says there."""
+@given(sizes, seeds, st.sampled_from(["loss", "unrolled", "bound"]))
+def test_frozen_positions_are_never_scored(size, seed, kind):
+    """A frozen position reaches the denoiser as it is, and has no part in loss or bound."""
     B, L, V = size
     x0 = torch.randint(V, (B, L), generator=rng(seed))
     frozen = torch.rand(B, L, generator=rng(seed)) < 0.5
-    seen = []
+    spy = Spy(lambda xt, p: torch.where(frozen[..., None], math.nan, toy(V)(xt, None)))
+    kw = dict(frozen=frozen, generator=rng(seed))
+    if kind == "bound":
+        found = sampler_bound(spy, x0, V, 3, **kw)
+    else:
+        found = diffusion_loss(spy, x0, V, unroll=3 if kind == "unrolled" else 1, **kw)
+    assert torch.isfinite(found).all() and (found[frozen.all(1)] == 0).all()
+    assert all(torch.equal(xt[frozen], x0[frozen]) for xt in spy.xt)
 
-    def denoiser(xt, x0_prev):
-        seen.append(xt)
-        return torch.where(frozen[..., None], math.nan, toy(V)(xt, None))
 
-    loss = diffusion_loss(denoiser, x0, V, frozen=frozen, generator=rng(seed), self_cond_rate=0.0)
-    assert torch.isfinite(loss).all()
-    assert all(torch.equal(xt[frozen], x0[frozen]) for xt in seen)
+orders = st.sampled_from(["random", "confidence"])
 
 
-@given(sizes, seeds, schedules, st.integers(1, 12), st.sampled_from(["random", "confidence"]), st.sampled_from([0, 0.5, 1, 2]))
+@given(sizes, seeds, schedules, st.integers(1, 12), orders, st.sampled_from([0, 0.5, 1, 2]))
 def test_sampler_rules(size, seed, schedule, steps, order, temperature):
-    """Exactly `steps` calls; the prompt comes back as it is; a revealed token never changes; no mask is left, also for steps > L; a row does not depend on the others."""
+    """Exactly `steps` calls; prompts come back as they are; a revealed token never changes; no mask is left,
+    also for steps > L; a row does not depend on the others."""
     B, L, V = size
     canvas = torch.randint(V, (B, L), generator=rng(seed))
     canvas[torch.rand(B, L, generator=rng(seed)) < 0.6] = V
-    before, calls, states = canvas.clone(), [], [canvas]
-
-    def denoiser(xt, x0_prev):
-        calls.append(xt.clone())
-        return toy(V, seed)(xt, x0_prev)
-
+    before, spy, states = canvas.clone(), Spy(toy(V, seed)), [canvas]
     kw = dict(temperature=temperature, order=order, schedule=schedule)
-    x = sample(denoiser, canvas, V, steps, generator=rng(seed), on_step=lambda k, x, _: states.append(x), **kw)
+    x = sample(spy, canvas, V, steps, generator=rng(seed), on_step=lambda k, x, _: states.append(x), **kw)
     others = torch.cat((canvas[:1], torch.full((B - 1, L), V)))
-    assert torch.equal(sample(toy(V, seed), others, V, steps, generator=rng(seed), **kw)[0], x[0]), "another row changed it"
-    assert len(calls) == steps and len(states) == steps + 1
+    others = sample(toy(V, seed), others, V, steps, generator=rng(seed), **kw)
+    assert torch.equal(others[0], x[0]), "another row changed it"
+    assert len(spy.xt) == steps and len(states) == steps + 1
     assert torch.equal(canvas, before), "the caller's canvas was changed"
     assert torch.equal(x[before != V], before[before != V]) and torch.equal(x, states[-1])
     assert x.dtype == canvas.dtype and x.min() >= 0 and x.max() < V, "a mask is left"
-    for earlier, later, seen in zip(states, states[1:], calls):
+    for earlier, later, seen in zip(states, states[1:], spy.xt):
         assert torch.equal(later[earlier != V], earlier[earlier != V]), "a revealed token changed"
         assert torch.equal(seen, earlier), "the denoiser was not given the current state"
 
 
-@given(st.integers(1, 9), st.integers(1, 12), schedules, seeds, st.sampled_from([0, 2, 4]))
-def test_confidence_order(L, steps, schedule, seed, mask_id):
-    """order="confidence" leaves the number of masks that the schedule expects, and reveals the surest positions first."""
-    V, probs, lefts = 4, [], []
+def plain_sample(denoiser, x, mask_id, us, temperature, top_p, order, schedule):
+    """The sampler as one would first write it, row by row, with a token drawn at every position."""
+    x, x0_prev, wanted = x.clone(), None, (x == mask_id).sum(1)
+    for k, (u_reveal, u_token) in enumerate(us):
+        t, s = 1 - torch.tensor([k, k + 1]).double() / len(us)
+        logits = scmdm.without_mask(denoiser(x, x0_prev), mask_id)
+        x0_prev = logits.softmax(-1)
+        drawn = scmdm.draw(scmdm.token_probs(logits.double(), temperature, top_p), u_token)  # [B, L]
+        for b in range(len(x)):
+            masks = [i for i in range(x.shape[1]) if x[b, i] == mask_id]
+            if order == "random":
+                chosen = [i for i in masks if u_reveal[b, i] < unmask_prob(s, t, schedule)]
+            else:  # as many as the schedule expects, those whose drawn token is likeliest first
+                left = int(((1 - schedule.alpha(s)) * wanted[b]).round())
+                chosen = sorted(masks, key=lambda i: -x0_prev[b, i, drawn[b, i]])[: len(masks) - left]
+            x[b, chosen] = drawn[b, chosen]
+    return x
 
-    def denoiser(xt, _):
-        logits = torch.randn(2, L, V, generator=rng(seed + len(probs))) * 3
-        if mask_id < V:
-            logits[..., mask_id] = -math.inf
-        probs.append(logits.softmax(-1))
-        return logits
 
-    def on_step(k, x, _):
-        lefts.append((x == mask_id).sum(1))
-        revealed = (state[0] == mask_id) & (x != mask_id)
-        confidence = probs[-1].max(-1).values
-        for row in range(2):
-            if revealed[row].any() and (x[row] == mask_id).any():
-                assert confidence[row][revealed[row]].min() >= confidence[row][x[row] == mask_id].max()
-        state[0] = x
+temperatures, nuclei = st.sampled_from([0, 0.5, 1]), st.sampled_from([0.3, 0.8, 1])
 
-    canvas = torch.full((2, L), mask_id)
-    canvas[1, : L // 2] = 3
-    state = [canvas]
-    sample(denoiser, canvas, mask_id, steps, temperature=0, order="confidence", schedule=schedule, on_step=on_step)
-    wanted = (canvas == mask_id).sum(1).double()
-    for k, left in enumerate(lefts):
-        s = torch.tensor(1 - (k + 1) / steps, dtype=torch.float64)
-        assert ((left - (1 - schedule.alpha(s)) * wanted).abs() <= 0.5 + 1e-9).all()
+
+@given(sizes, seeds, schedules, st.integers(1, 6), orders, temperatures, nuclei, st.booleans())
+@settings(max_examples=60)
+def test_sampler_is_the_plain_one(size, seed, schedule, steps, order, temperature, top_p, own_mask):
+    """Tokens, drawn only where a mask is revealed, are those of a sampler that draws one everywhere."""
+    B, L, mask_id = size
+    V = mask_id if own_mask else mask_id + 1  # else the mask is the last of the model's tokens
+    denoiser = toy(V, seed, mask_id=mask_id)
+    us = torch.rand(steps, 2, B, L, dtype=torch.float64, generator=rng(seed))
+    canvas = torch.where(torch.rand(B, L, generator=rng(seed + 1)) < 0.8, mask_id, 0)
+    rest = dict(temperature=temperature, top_p=top_p, order=order, schedule=schedule)
+    with replay(*us.flatten(0, 1)):
+        x = sample(denoiser, canvas, mask_id, steps, **rest)
+    assert torch.equal(x, plain_sample(denoiser, canvas, mask_id, us, **rest))
 
 
 @given(sizes, seeds, st.integers(1, 5))
+@settings(max_examples=10)
 def test_same_seed_same_tokens(size, seed, steps):
-    """The same seed gives the same tokens and the same loss; another seed gives others."""
+    """The same seed gives the same tokens, loss and bound; another seed gives others."""
     B, L, V = size
     canvas = torch.full((B, L), V)
-    draws = [sample(toy(V, 1), canvas, V, steps, generator=rng(seed)) for _ in range(2)]
-    assert torch.equal(*draws)
-    losses = [diffusion_loss(toy(V, 1), draws[0], V, generator=rng(seed)) for _ in range(2)]
-    assert torch.equal(*losses)
-    many = [sample(lambda xt, _: torch.zeros(*xt.shape, 5), torch.full((8, 8), 5), 5, steps, generator=rng(s)) for s in (seed, seed + 1)]
+    x0 = torch.zeros_like(canvas)
+    for draw in (lambda g: sample(toy(V, 1), canvas, V, steps, generator=g),
+                 lambda g: diffusion_loss(toy(V, 1), x0, V, unroll=4, generator=g),
+                 lambda g: sampler_bound(toy(V, 1), x0, V, steps, generator=g)):  # fmt: skip
+        assert torch.equal(draw(rng(seed)), draw(rng(seed)))
+    many = [sample(flat(5), torch.full((8, 8), 5), 5, steps, generator=rng(s)) for s in (seed, seed + 1)]
     assert not torch.equal(*many)
 
 
 @cuda
-def test_same_seed_same_tokens_on_cuda():
-    """The same holds on a GPU, where the draws are made on the GPU, and the result stays there."""
-    model = tiny(adapted=True).cuda()
-    canvas = torch.full((4, 6), 5, device="cuda")
-    draws = [sample(model, canvas, 5, 4, generator=rng(3, "cuda")) for _ in range(2)]
-    assert torch.equal(*draws) and draws[0].is_cuda
-    loss = diffusion_loss(model, draws[0], 5, generator=rng(3, "cuda"))
-    assert loss.is_cuda and torch.isfinite(loss).all()
-
-
-@cuda
-def test_cuda_agrees_with_the_cpu():
-    """The GPU computes the logits of the CPU to 1e-4, with and without signal."""
+def test_on_cuda():
+    """A GPU computes the CPU's logits to 1e-4; draws are made there, the same at each run; results stay."""
     model, x = tiny(adapted=True), torch.randint(6, (3, 6), generator=rng(0))
-    signal_ = torch.rand(3, 6, 5, generator=rng(1)).softmax(-1)
-    for p in (None, signal_):
-        there = copy.deepcopy(model).cuda()(x.cuda(), None if p is None else p.cuda()).cpu()
-        assert torch.allclose(model(x, p), there, atol=1e-4)
+    there = copy.deepcopy(model).cuda()
+    for p in (None, torch.rand(3, 6, 5, generator=rng(1)).softmax(-1)):
+        assert torch.allclose(model(x, p), there(x.cuda(), None if p is None else p.cuda()).cpu(), atol=1e-4)
+    canvas = torch.full((4, 6), 5, device="cuda")
+    draws = [sample(there, canvas, 5, 4, generator=rng(3, "cuda")) for _ in range(2)]
+    assert torch.equal(*draws) and draws[0].is_cuda
+    for found in (diffusion_loss(there, draws[0], 5, unroll=3, generator=rng(3, "cuda")),
+                  sampler_bound(there, draws[0], 5, 4, generator=rng(3, "cuda"))):  # fmt: skip
+        assert found.is_cuda and torch.isfinite(found).all()
+
+
+def test_an_empty_batch_goes_through():
+    """A batch of no sequences, the share of one process say, goes through everything."""
+    model, x = tiny(adapted=True), torch.zeros(0, 6, dtype=torch.long)
+    assert model(x, torch.zeros(0, 6, 5)).shape == (0, 6, 5)
+    for kw in (dict(), dict(unroll=3), dict(self_cond_rate=0.0), dict(t=torch.zeros(0))):
+        loss = diffusion_loss(model, x, 5, **kw)
+        assert loss.shape == (0,)
+        loss.sum().backward()
+    assert sampler_bound(model, x, 5, 3).shape == (0,)
+    for order in ("random", "confidence"):
+        assert sample(model, x, 5, 3, order=order, top_p=0.9).shape == (0, 6)
 
 
 @given(sizes, seeds, st.integers(1, 4))
+@settings(max_examples=10)
 def test_temperature_zero_is_argmax(size, seed, steps):
     """temperature = 0 takes the likeliest token, and so does any temperature that is low enough."""
     B, L, V = size
     logits = torch.randn(B, L, V, generator=rng(seed))
     for temperature in (0, 1e-7, 1e-320):
-        x = sample(lambda xt, _: logits, torch.full((B, L), V), V, steps, temperature=temperature, generator=rng(seed))
+        x = sample(fixed(logits), torch.full((B, L), V), V, steps, temperature=temperature)
         assert torch.equal(x, logits.argmax(-1))
 
 
@@ -555,13 +606,14 @@ def test_temperature_zero_is_argmax(size, seed, steps):
 def test_temperature_shapes_the_draw(temperature):
     """Tokens are drawn from softmax(logits / temperature)."""
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
-    x = sample(lambda xt, _: logits.expand(*xt.shape, 4), torch.full((20000, 1), 4), 4, 2, temperature=temperature, generator=rng(0))
+    canvas = torch.full((20000, 1), 4)
+    x = sample(fixed(logits), canvas, 4, 2, temperature=temperature, generator=rng(0))
     assert_fits(count(x, 4), (logits / temperature).softmax(-1))
 
 
 @given(st.integers(1, 8), seeds, st.floats(0.01, 1.0))
 def test_top_p_keeps_the_smallest_nucleus(V, seed, top_p):
-    """top_p keeps the likeliest tokens, as few as have a mass of at least top_p, in their proportions, and at least one."""
+    """top_p keeps the likeliest tokens, as few as have a mass of top_p and at least one, in proportion."""
     logits = torch.randn(1, 1, V, generator=rng(seed), dtype=torch.float64) * 2
     p, kept = logits.softmax(-1)[0, 0], scmdm.token_probs(logits, 1.0, top_p)[0, 0]
     order = p.argsort(descending=True)
@@ -570,33 +622,26 @@ def test_top_p_keeps_the_smallest_nucleus(V, seed, top_p):
     assert torch.allclose(kept[kept > 0], p[kept > 0])
 
 
-def test_top_p_is_applied():
-    """No sampled token lies outside the nucleus, whose tokens all occur in their proportions."""
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    x = sample(lambda xt, _: logits.expand(*xt.shape, 4), torch.full((20000, 1), 4), 4, 1, top_p=0.79, generator=rng(0))
-    assert x.max() == 1
-    assert_fits(count(x, 4)[:2], torch.tensor([0.625, 0.375]))
-
-
 @given(st.integers(1, 6), seeds)
 def test_draw_inverts_the_cumulative_sum(V, seed):
-    """A token is drawn when u falls in its slice of the cumulative sum; one of probability zero never, even at u = 0."""
-    p = torch.rand(V, generator=rng(seed), dtype=torch.float64) * (torch.rand(V, generator=rng(seed + 1)) < 0.7)
+    """A token is drawn when u falls in its slice of the cumulative sum; one of probability zero never is."""
+    p = torch.rand(V, generator=rng(seed), dtype=torch.float64)
+    p[torch.rand(V, generator=rng(seed + 1)) < 0.3] = 0
     p[seed % V] += 0.1
-    u = torch.cat((torch.rand(200, generator=rng(2), dtype=torch.float64), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)))
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    u = torch.cat((torch.rand(200, generator=rng(2), dtype=torch.float64), ends))
     token = scmdm.draw(p.expand(len(u), V), u)
     cdf = np.concatenate(([0], np.cumsum(p.numpy()) / p.sum().item()))
     assert (p[token] > 0).all()
     assert (cdf[token] <= u.numpy() + 1e-12).all() and (u.numpy() <= cdf[token + 1] + 1e-12).all()
 
 
-@given(sizes, seeds, st.integers(0, 5), st.sampled_from(["random", "confidence"]))
+@given(sizes, seeds, st.integers(0, 5), orders)
 def test_mask_among_the_tokens(size, seed, mask_id, order):
-    """If the mask is one of the model's own tokens, it is never predicted, scored or fed back, and the caller's logits are not touched."""
+    """A mask that is one of the tokens is never drawn, scored or fed back; the caller's logits are left."""
     B, L, V = size
     V, mask_id = V + 1, mask_id % (V + 1)
-    kept, signals = [], []
-    base = toy(V, seed, mask_id=mask_id)
+    base, kept, signals = toy(V, seed, mask_id=mask_id), [], []
 
     def denoiser(xt, x0_prev):
         logits = base(xt, x0_prev)
@@ -605,65 +650,51 @@ def test_mask_among_the_tokens(size, seed, mask_id, order):
         signals.append(x0_prev)
         return logits
 
-    x = sample(denoiser, torch.full((B, L), mask_id), mask_id, 3, order=order, generator=rng(seed))
-    assert (x != mask_id).all()
-    x0 = torch.randint(V - 1, (B, L), generator=rng(seed))
-    x0 = x0 + (x0 >= mask_id)
-    loss = diffusion_loss(denoiser, x0, mask_id, generator=rng(seed))
-    assert torch.isfinite(loss).all() and loss.mean() < 1000 * 50 * L
-    assert all(torch.equal(*pair) for pair in kept), "the caller's logits were changed"
-    assert all((p[..., mask_id] == 0).all() for p in signals if p is not None), "the mask was fed back"
+    def spared(xt, x0_prev):  # the same model, had it never heard of the mask
+        return base(xt, x0_prev).index_fill(-1, torch.tensor(mask_id), -math.inf)
 
     def disturbed(xt, x0_prev):  # the same model, with other logits at the visible positions
         logits = denoiser(xt, x0_prev)
         return torch.where((xt == mask_id)[..., None], logits, torch.randn_like(logits) * 100)
 
-    assert torch.equal(loss, diffusion_loss(disturbed, x0, mask_id, generator=rng(seed))), "a visible token was scored"
+    x = sample(denoiser, torch.full((B, L), mask_id), mask_id, 3, order=order, generator=rng(seed))
+    assert (x != mask_id).all()
+    x0 = torch.randint(V - 1, (B, L), generator=rng(seed))
+    x0 = x0 + (x0 >= mask_id)
+    for scored in (lambda f: diffusion_loss(f, x0, mask_id, generator=rng(seed)),
+                   lambda f: sampler_bound(f, x0, mask_id, 3, generator=rng(seed))):  # fmt: skip
+        found = scored(denoiser)
+        assert torch.isfinite(found).all() and torch.allclose(found, scored(spared))
+        assert torch.equal(found, scored(disturbed)), "a visible token was scored"
+    assert all(torch.equal(*pair) for pair in kept), "the caller's logits were changed"
+    assert all((p[..., mask_id] == 0).all() for p in signals if p is not None), "the mask was fed back"
 
-    def spared(xt, x0_prev):  # the same model, had it never heard of the mask
-        return base(xt, x0_prev).index_fill(-1, torch.tensor(mask_id), -math.inf)
 
-    assert torch.allclose(loss, diffusion_loss(spared, x0, mask_id, generator=rng(seed)))
+SENSELESS = [dict(steps=0), dict(temperature=-1), dict(temperature=math.nan), dict(top_p=0), dict(top_p=1.1),
+             dict(order="best"), dict(self_cond_rate=1.1)]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "kw, name",
-    [
-        (dict(steps=0), "steps"),
-        (dict(temperature=-1), "temperature"),
-        (dict(temperature=math.nan), "temperature"),
-        (dict(temperature=math.inf), "temperature"),
-        (dict(top_p=0), "top_p"),
-        (dict(top_p=1.1), "top_p"),
-        (dict(order="best"), "order"),
-    ],
-)
-def test_sampler_refuses(kw, name):
+@pytest.mark.parametrize("kw", SENSELESS)
+def test_a_setting_without_sense_is_refused(kw):
     """A setting that makes no sense is refused by its name, before any call of the model."""
-    with pytest.raises(ValueError, match=f"^{name} is "):
-        sample(None, torch.full((1, 2), 3), 3, **{"steps": 1, **kw})
+    x, loss = torch.full((1, 2), 3), "self_cond_rate" in kw
+    with pytest.raises(ValueError, match=f"^{next(iter(kw))} is "):
+        diffusion_loss(None, x, 3, **kw) if loss else sample(None, x, 3, **{"steps": 1, **kw})
 
 
 @pytest.mark.parametrize("order", ["random", "confidence"])
 @pytest.mark.parametrize("wrong", [[0, math.nan, 0], [0, math.inf, 0], [-math.inf] * 3])
 def test_logits_that_are_no_distribution_are_not_silent(wrong, order):
-    """A denoiser that gives NaN, +inf, or -inf for every token gets an error, not a canvas with masks in it."""
+    """A denoiser that gives NaN, +inf, or -inf for every token gets an error, not masks in the result."""
     with pytest.raises(ValueError, match="NaN or infinite at step 0"):
-        sample(lambda xt, _: torch.tensor(wrong).expand(*xt.shape, 3), torch.full((2, 4), 3), 3, 2, order=order)
+        sample(fixed(torch.tensor(wrong)), torch.full((2, 4), 3), 3, 2, order=order)
 
 
 def test_sampling_keeps_no_graph():
-    """Nothing is kept from step to step but the tokens and the prediction: no gradient is recorded, so memory does not grow."""
-    kept = []
-    sample(tiny(adapted=True), torch.full((2, 6), 5), 5, 4, on_step=lambda k, x, x0_prev: kept.append(x0_prev))
-    assert [p.requires_grad for p in kept] == [False] * 4
-
-
-@pytest.mark.parametrize("rate", [-0.1, 1.1, math.nan])
-def test_loss_refuses(rate):
-    """A self-conditioning rate outside 0..1 is refused."""
-    with pytest.raises(ValueError, match="^self_cond_rate is "):
-        diffusion_loss(toy(2), torch.zeros(1, 2, dtype=torch.long), 2, self_cond_rate=rate)
+    """No gradient is recorded in sampling or in its bound, so that memory does not grow with the steps."""
+    spy = Spy(tiny(adapted=True))
+    sampler_bound(spy, sample(spy, torch.full((2, 6), 5), 5, 4), 5, 4)
+    assert [logits.requires_grad for logits in spy.logits] == [False] * 8
 
 
 # =============================================================================================
@@ -674,24 +705,24 @@ def test_loss_refuses(rate):
 @given(seeds, st.floats(0.1, 1e4))
 @settings(max_examples=10)
 def test_adapted_equals_base(seed, scale):
-    """Before its first step the adapted model is the pretrained one, bit for bit, for any signal; the base is not touched."""
+    """Before its first step the adapted model is the pretrained one, bit for bit, for any signal."""
     base = tiny(seed=seed)
     adapted = add_self_conditioning(base)
     assert base.config.self_conditioning is False and adapted.config.self_conditioning is True
     assert all(p is not q for p in base.parameters() for q in adapted.parameters())
     x = torch.randint(6, (3, 6), generator=rng(seed))
-    signal_ = torch.randn(3, 6, 5, generator=rng(seed)) * scale
-    for p in (None, torch.zeros_like(signal_), signal_, signal_.softmax(-1)):
+    wild = torch.randn(3, 6, 5, generator=rng(seed)) * scale
+    for p in (None, torch.zeros_like(wild), wild, wild.softmax(-1)):
         assert torch.equal(base(x, None), adapted(x, p))
-    assert torch.equal(base(x, signal_), base(x, None)), "a vanilla model ignores the signal"
+    assert torch.equal(base(x, wild), base(x, None)), "a vanilla model ignores the signal"
 
 
 def test_the_cost_is_one_matrix():
-    """The adapter adds one D x D matrix, zero at the start, and nothing else; the embedding it reads stays the model's own, in copies too."""
+    """The adapter adds one D x D matrix, zero at the start; the embedding it reads is the model's own."""
     base = tiny()
     adapted = add_self_conditioning(base)
-    new = set(adapted.state_dict()) - set(base.state_dict())
-    assert new == {"self_conditioning.W"} and set(base.state_dict()) <= set(adapted.state_dict())
+    assert set(adapted.state_dict()) - set(base.state_dict()) == {"self_conditioning.W"}
+    assert set(base.state_dict()) <= set(adapted.state_dict())
     assert adapted.self_conditioning.W.shape == (16, 16) and not adapted.self_conditioning.W.any()
     assert [p.shape for p in SelfConditioning(torch.nn.Embedding(9, 4), 8).parameters()] == [(4, 4)]
     for model in (adapted, copy.deepcopy(adapted), copy.deepcopy(adapted).double()):
@@ -704,7 +735,7 @@ def test_the_cost_is_one_matrix():
 @given(seeds)
 @settings(max_examples=10)
 def test_no_signal_is_exactly_nothing(seed):
-    """No signal, an all-zero tensor and None are the same: the adapter adds exactly zero. softmax(zeros) is a signal."""
+    """All zeros and None are no signal: the adapter adds exactly zero. softmax(zeros) is a signal."""
     model = tiny(seed=seed, adapted=True)
     x = torch.randint(6, (2, 6), generator=rng(seed))
     x[0, 0] = 5
@@ -722,19 +753,18 @@ def test_visible_positions_get_nothing(seed):
     model = tiny(seed=seed, adapted=True)
     x = torch.randint(5, (2, 6), generator=rng(seed))
     x[:, ::2] = 5
-    signal_ = torch.rand(2, 6, 5, generator=rng(seed)).softmax(-1)
-    other = signal_.clone()
+    x0_prev = torch.rand(2, 6, 5, generator=rng(seed)).softmax(-1)
+    other = x0_prev.clone()
     other[:, 1::2] = math.nan
-    assert torch.equal(model(x, signal_), model(x, other))
-    assert not model.self_conditioning(x, signal_)[:, 1::2].any() and model.self_conditioning(x, signal_)[:, ::2].any()
-    with pytest.raises(ValueError, match=r"x0_prev is \(2, 3, 5\), expected \(2, 6\)"):
-        model(x, signal_[:, :3])
+    assert torch.equal(model(x, x0_prev), model(x, other))
+    added = model.self_conditioning(x, x0_prev)
+    assert not added[:, 1::2].any() and added[:, ::2].any()
 
 
 @given(seeds, st.integers(1, 9))
 @settings(max_examples=10)
 def test_one_hot_signal_embeds_as_that_token(seed, V):
-    """A one-hot signal adds W E[token]; a mixture adds the mixture. Also for an embedding with more rows than tokens."""
+    """A one-hot signal adds W E[token]; a mixture the mixture. Also for an embedding of more rows."""
     torch.manual_seed(seed)
     embedding = torch.nn.Embedding(V + 3, 8)
     adapter = SelfConditioning(embedding, V)
@@ -750,92 +780,158 @@ def test_one_hot_signal_embeds_as_that_token(seed, V):
 
 @given(sizes, seeds, st.integers(1, 6), st.floats(0, 2))
 def test_each_call_gets_the_prediction_of_the_call_before(size, seed, steps, temperature):
-    """Call 0 gets no signal; call k gets softmax of the logits of call k-1, untouched by temperature; nothing is kept from one sample() to the next."""
+    """Call 0 of the sampler gets no signal, call k the softmax of call k-1's logits, at any temperature."""
     B, L, V = size
-    given_, made, shown = [], [], []
+    spy, shown, canvas = Spy(toy(V, seed)), [], torch.full((B, L), V)
+    sample(spy, canvas, V, steps, temperature=temperature, on_step=lambda k, x, p: shown.append((k, p)))
+    assert spy.x0_prev[0] is None and len(spy.xt) == len(shown) == steps
+    for k in range(steps):
+        assert k == 0 or torch.equal(spy.x0_prev[k], spy.logits[k - 1].softmax(-1))
+        assert shown[k][0] == k and torch.equal(shown[k][1], spy.logits[k].softmax(-1))
+    sample(spy, canvas, V, steps)
+    assert spy.x0_prev[steps] is None, "something was kept from one sample() to the next"
 
-    def denoiser(xt, x0_prev):
-        given_.append(x0_prev)
-        made.append(toy(V, seed)(xt, x0_prev))
-        return made[-1]
 
-    for _ in range(2):
-        sample(denoiser, torch.full((B, L), V), V, steps, temperature=temperature, generator=rng(seed),
-               on_step=lambda k, x, p: shown.append((k, p)))  # fmt: skip
-        assert given_[0] is None
-        for k in range(steps):
-            if k:
-                assert torch.equal(given_[k], made[k - 1].softmax(-1))
-            assert shown[k][0] == k and torch.equal(shown[k][1], made[k].softmax(-1))
-        given_.clear(), made.clear(), shown.clear()
+@given(sizes, seeds, st.integers(1, 6), schedules)
+def test_the_bound_walks_as_the_sampler_does(size, seed, steps, schedule):
+    """sampler_bound makes exactly `steps` calls at the sampler's own times, with nested masks of one u, and
+    carries the signal as sampling does; at each call every masked token costs unmask_prob * -log p."""
+    B, L, V = size
+    x0, spy = torch.randint(V, (B, L), generator=rng(seed)), Spy(toy(V, seed))
+    u = torch.rand(B, L, dtype=torch.float64, generator=rng(seed))
+    frozen = torch.rand(B, L, generator=rng(seed + 1)) < 0.3
+    with replay(u):
+        found = sampler_bound(spy, x0, V, steps, frozen=frozen, schedule=schedule)
+    assert spy.x0_prev[0] is None and len(spy.xt) == steps
+    expected = torch.zeros(B, dtype=torch.float64)
+    for k in range(steps):
+        t, s = (torch.tensor(1 - j / steps, dtype=torch.float64) for j in (k, k + 1))
+        masked = (u < 1 - schedule.alpha(t)) & ~frozen
+        assert torch.equal(spy.xt[k], torch.where(masked, V, x0))
+        assert k == 0 or torch.equal(spy.x0_prev[k], spy.logits[k - 1].softmax(-1))
+        expected += unmask_prob(s, t, schedule) * (nll_of(spy.logits[k], x0) * masked).sum(1)
+    assert torch.equal(spy.xt[0] == V, ~frozen)
+    assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @given(sizes, seeds)
 def test_rate_one_and_rate_zero(size, seed):
-    """Rate 1 gives every sequence its own first prediction, from the same xt; rate 0 makes one call without signal; both see the same noise."""
+    """Rate 1 gives every sequence its own first prediction, from the same xt; rate 0 makes one call, without
+    signal; both see the same noise."""
     B, L, V = size
     x0 = torch.randint(V, (B, L), generator=rng(seed))
-    calls = []
-
-    def denoiser(xt, x0_prev):
-        calls.append((xt, x0_prev, toy(V, seed)(xt, x0_prev)))
-        return calls[-1][2]
-
-    loss = diffusion_loss(denoiser, x0, V, generator=rng(seed))
-    (xt1, p1, logits1), (xt2, p2, _) = calls
-    assert p1 is None and torch.equal(xt1, xt2) and torch.equal(p2, logits1.softmax(-1))
-    calls.clear()
-    vanilla = diffusion_loss(denoiser, x0, V, self_cond_rate=0.0, generator=rng(seed))
-    assert len(calls) == 1 and calls[0][1] is None and torch.equal(calls[0][0], xt1)
+    full, vanilla = Spy(toy(V, seed)), Spy(toy(V, seed))
+    diffusion_loss(full, x0, V, generator=rng(seed))
+    assert len(full.xt) == 2 and full.x0_prev[0] is None and torch.equal(*full.xt)
+    assert torch.equal(full.x0_prev[1], full.logits[0].softmax(-1))
+    loss = diffusion_loss(vanilla, x0, V, self_cond_rate=0.0, generator=rng(seed))
+    assert len(vanilla.xt) == 1 and vanilla.x0_prev[0] is None and torch.equal(vanilla.xt[0], full.xt[0])
     ignoring = diffusion_loss(lambda xt, p: toy(V, seed)(xt, None), x0, V, generator=rng(seed))
-    assert torch.equal(vanilla, ignoring), "a denoiser without signal has the vanilla loss at any rate"
-    assert loss.shape == vanilla.shape
+    assert torch.equal(loss, ignoring), "a denoiser without signal has the vanilla loss at any rate"
 
 
-@pytest.mark.parametrize("rate", [0.25, 0.5, 0.9])
-def test_rate_is_a_binomial_fraction(rate):
+@pytest.mark.parametrize("unroll", [1, 3])
+@pytest.mark.parametrize("rate", [0.25, 0.9])
+def test_rate_is_a_binomial_fraction(rate, unroll):
     """At rate r each sequence is given its signal with probability r; the others get all zeros."""
-    N, seen = 4000, []
-
-    def denoiser(xt, x0_prev):
-        seen.append(x0_prev)
-        return torch.zeros(*xt.shape, 3)
-
-    diffusion_loss(denoiser, torch.zeros(N, 2, dtype=torch.long), 3, self_cond_rate=rate, generator=rng(0))
-    given_ = seen[1].flatten(1).any(1)
-    assert torch.allclose(seen[1][given_].sum(-1), torch.tensor(1.0)) and not seen[1][~given_].any()
+    N, spy = 4000, Spy(flat(3))
+    kw = dict(self_cond_rate=rate, unroll=unroll, t=torch.zeros(N), generator=rng(0))
+    diffusion_loss(spy, torch.zeros(N, 20, dtype=torch.long), 3, **kw)
+    given_ = spy.x0_prev[-1].flatten(1).any(1)
+    assert torch.allclose(spy.x0_prev[-1][given_].sum(-1), torch.tensor(1.0))
     assert abs(given_.sum().item() - N * rate) < 5 * math.sqrt(N * rate * (1 - rate))
 
 
-@given(seeds, st.sampled_from([0.5, 1.0]))
-@settings(max_examples=8)
-def test_no_gradient_through_pass_one(seed, rate):
-    """The gradients are those with the signal held constant, for every parameter."""
+def test_an_unrolled_loss_draws_more_only_for_its_chain():
+    """Draws are times, masks, who gets the signal, and for a chain alone its number of passes and calls."""
+    x0, masks = torch.zeros(4, 9, dtype=torch.long), []
+    one, rows, u = (torch.rand(shape, dtype=torch.float64, generator=rng(0)) for shape in (1, 4, (4, 9)))
+    for kw, draws in ((dict(), [one, u, rows]), (dict(unroll=1, t=rows), [u, rows]),
+                      (dict(unroll=5), [one, u, rows, one, rows]),
+                      (dict(unroll=5, self_cond_rate=0.0), [one, u, rows])):  # fmt: skip
+        spy = Spy(flat(3))
+        with replay(*draws):
+            diffusion_loss(spy, x0, 3, **kw)
+        if "t" not in kw:
+            masks.append(spy.xt[-1])
+    assert all(torch.equal(masks[0], xt) for xt in masks)
+
+
+@given(sizes, seeds, st.integers(2, 6), schedules, st.sampled_from([0.3, 1.0]))
+def test_the_chain_walks_as_the_sampler_does(size, seed, unroll, schedule, rate):
+    """With unroll the signal is made by k passes at the times t + i/T, i = k..1, of one u, each given the one
+    before and the first none; where a time is above 1 there was no call, and the signal is exactly zero."""
+    B, L, V = size
+    x0, spy = torch.randint(V, (B, L), generator=rng(seed)), Spy(toy(V, seed))
+    draw = lambda i, *shape: torch.rand(shape, dtype=torch.float64, generator=rng(seed + i))  # noqa: E731
+    t, u, u_given, u_passes, u_calls = draw(0, B), draw(1, B, L), draw(2, B), draw(3, 1), draw(4, B)
+    kw = dict(unroll=unroll, self_cond_rate=rate, schedule=schedule)
+    with replay(u, u_given, u_passes, u_calls):
+        loss = diffusion_loss(spy, x0, V, t=t, **kw)
+    k, T = math.floor(unroll * u_passes.item()) + 1, L / 4 * 16**u_calls  # from L/4 to 4L
+    t = t.clamp(min=1e-3)
+    assert len(spy.xt) == k + 1 and spy.x0_prev[0] is None
+    for call, i in enumerate(range(k, -1, -1)):  # the last one, i = 0, is pass 2
+        time, earlier = t + i / T, t + (i + 1) / T
+        on = time <= 1  # a state above 1 is made for the whole batch's sake, and its prediction thrown away
+        expected = torch.where(u < 1 - schedule.alpha(time)[:, None], V, x0)
+        assert torch.equal(spy.xt[call][on], expected[on])
+        if call:
+            kept = (earlier <= 1) if i else (earlier <= 1) & (u_given < rate)
+            assert torch.equal(spy.x0_prev[call], spy.logits[call - 1].softmax(-1) * kept[:, None, None])
+            assert ((spy.xt[call] == V) <= (spy.xt[call - 1] == V))[earlier <= 1].all(), "masks are nested"
+    nll = (nll_of(spy.logits[-1], x0) * (spy.xt[-1] == V)).sum(1)
+    weight = -schedule.dalpha(t) / (1 - schedule.alpha(t))
+    assert torch.allclose(loss.double(), weight * nll, rtol=1e-4), "only the last pass is scored"
+
+
+def test_passes_and_calls_are_drawn_evenly():
+    """The number of passes is uniform in 1..unroll, and that of calls log-uniform from L/4 to 4L."""
+    passes, g, x0 = [], rng(0), torch.zeros(1, 2, dtype=torch.long)
+    for _ in range(2000):
+        spy = Spy(flat(2))
+        diffusion_loss(spy, x0, 2, unroll=4, generator=g)
+        passes.append(len(spy.xt) - 1)
+    assert_fits(torch.bincount(torch.tensor(passes), minlength=5)[1:], torch.ones(4) / 4)
+    N, L, seen = 4000, 8, []
+    schedule = scmdm.Schedule(lambda t: (seen.append(t.flatten()), 1 - t)[1], LINEAR.dalpha)
+    kw = dict(unroll=2, t=torch.zeros(N), schedule=schedule, generator=rng(1))
+    diffusion_loss(flat(2), torch.zeros(N, L, dtype=torch.long), 2, **kw)
+    nearest = min((times for times in seen if times.min() > 2e-3), key=sum)  # t + 1/T
+    ratio = (1 / (nearest - 1e-3) / L).log() / math.log(4)
+    assert ratio.abs().max() <= 1 + 1e-6
+    assert_fits(torch.histc(ratio.float(), 10, -1, 1), torch.ones(10) / 10)
+
+
+@given(seeds, st.sampled_from([0.5, 1.0]), st.sampled_from([1, 4]))
+@settings(max_examples=12)
+def test_no_gradient_through_the_signal(seed, rate, unroll):
+    """The gradients are those with the signal held constant, however many passes made it."""
     model = tiny(seed=seed, adapted=True)
-    x0 = torch.randint(5, (4, 6), generator=rng(seed))
-    diffusion_loss(model, x0, 5, self_cond_rate=rate, generator=rng(seed)).sum().backward()
+    x0, kw = torch.randint(5, (4, 6), generator=rng(seed)), dict(self_cond_rate=rate, unroll=unroll)
+    spy = Spy(model)
+    diffusion_loss(spy, x0, 5, generator=rng(seed), **kw).sum().backward()
     found = [p.grad.clone() for p in model.parameters()]
+    assert [logits.requires_grad for logits in spy.logits] == [False] * (len(spy.xt) - 1) + [True]
     model.zero_grad()
-    signals = []
-    diffusion_loss(lambda xt, p: (signals.append((xt, p)), model(xt, p))[1], x0, 5, self_cond_rate=rate, generator=rng(seed))
-    constant = signals[1][1].detach().clone()
-    second = lambda xt, p: model(xt, None if p is None else constant)  # noqa: E731
-    diffusion_loss(second, x0, 5, self_cond_rate=rate, generator=rng(seed)).sum().backward()
+    constant, calls = spy.x0_prev[-1].detach().clone(), iter(range(len(spy.xt)))
+    last = lambda xt, p: model(xt, constant if next(calls) == len(spy.xt) - 1 else p)  # noqa: E731
+    diffusion_loss(last, x0, 5, generator=rng(seed), **kw).sum().backward()
     assert all(torch.equal(a, p.grad) for a, p in zip(found, model.parameters()))
 
 
 def test_the_new_matrix_learns_at_once():
-    """The zero matrix receives gradient at its first step, at rate 1 and 0.5, and training moves it."""
-    for rate in (0.5, 1.0):
+    """The zero matrix receives gradient at its first step, at rate 1 and 0.5, with one pass and more."""
+    for kw in (dict(self_cond_rate=0.5), dict(), dict(unroll=3)):
         model = add_self_conditioning(tiny())
         x0 = torch.randint(5, (16, 6), generator=rng(0))
-        diffusion_loss(model, x0, 5, self_cond_rate=rate, generator=rng(0)).sum().backward()
+        diffusion_loss(model, x0, 5, generator=rng(0), **kw).sum().backward()
         assert model.self_conditioning.W.grad.abs().max() > 1e-3
         assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
 def test_bfloat16_autocast():
-    """Under bfloat16 autocast the gradients are those of float32 within 5%, and none is missing, though pass 1 runs without gradient first."""
+    """Under bfloat16 autocast the gradients are those of float32 within 5%, and none is missing."""
     model = tiny(adapted=True)
     x0 = torch.randint(5, (64, 6), generator=rng(0))
     grads = []
@@ -852,14 +948,13 @@ def test_bfloat16_autocast():
 
 
 def test_casts_cached_in_pass_one_are_dropped(monkeypatch):
-    """Weights that were cast and cached under no_grad, as older PyTorch's autocast did, are cast again for pass 2, with gradient."""
+    """Weights cast and cached without gradient, as by older PyTorch's autocast, are cast again for pass 2."""
     model, cache = tiny(adapted=True), {}
 
     def denoiser(xt, x0_prev):  # casts its head on first use and keeps it, until the cache is cleared
         if "head" not in cache:
             cache["head"] = model.head.weight.bfloat16()
-        h = model.embed(xt) if x0_prev is None else model.embed(xt) + model.self_conditioning(xt, x0_prev)
-        return h @ cache["head"].float().T
+        return (model.embed(xt) + model.self_conditioning(xt, x0_prev)) @ cache["head"].float().T
 
     monkeypatch.setattr(torch, "clear_autocast_cache", cache.clear)
     diffusion_loss(denoiser, torch.randint(5, (8, 6), generator=rng(0)), 5, generator=rng(0)).sum().backward()
@@ -867,15 +962,15 @@ def test_casts_cached_in_pass_one_are_dropped(monkeypatch):
 
 
 def test_a_foreign_model_can_be_adapted():
-    """The adapter and the two functions work with any model that has an nn.Embedding: adapting one lowers its loss."""
+    """Adapter, loss and sampler work with any model that has an nn.Embedding: its loss falls."""
     torch.manual_seed(0)
     V, D, L = 4, 16, 5
-    embedding, body = torch.nn.Embedding(V + 1, D), torch.nn.Sequential(torch.nn.Linear(D * L, 64), torch.nn.ReLU(), torch.nn.Linear(64, V * L))
+    embedding = torch.nn.Embedding(V + 1, D)
+    body = torch.nn.Sequential(torch.nn.Linear(D * L, 64), torch.nn.ReLU(), torch.nn.Linear(64, V * L))
     adapter = SelfConditioning(embedding, V)
-    denoiser = lambda xt, p=None: body((embedding(xt) + adapter(xt, p)).flatten(1)).view(-1, L, V)  # noqa: E731
+    denoiser = lambda xt, p: body((embedding(xt) + adapter(xt, p)).flatten(1)).view(-1, L, V)  # noqa: E731
     x0 = torch.arange(L) * torch.randint(1, V, (512, 1), generator=rng(0)) % V
-    parameters = [*embedding.parameters(), *body.parameters(), *adapter.parameters()]
-    optimiser = torch.optim.Adam(parameters, 3e-3)
+    optimiser = torch.optim.Adam([*embedding.parameters(), *body.parameters(), *adapter.parameters()], 3e-3)
     g, losses = rng(1), []
     for _ in range(150):
         loss = diffusion_loss(denoiser, x0, V, generator=g).mean()
@@ -887,111 +982,49 @@ def test_a_foreign_model_can_be_adapted():
 
 
 def test_public_names():
-    """The names that ports and other programs rely on, with their arguments and defaults, stay as they are."""
+    """The names that ports and other programs rely on stay as they are, with arguments and defaults."""
     noise = "frozen=None, schedule=LINEAR, generator=None"
-    assert {name: str(inspect.signature(getattr(scmdm, name))).replace(str(LINEAR), "LINEAR") for name in (
-        "q_sample", "diffusion_loss", "sample", "save", "load", "add_self_conditioning", "SelfConditioning", "Transformer")} == {
+    expected = {
+        "add_self_conditioning": "(model)",
+        "Transformer": "(config)",
+        "SelfConditioning": "(embedding, mask_id)",
         "q_sample": f"(x0, t, mask_id, *, {noise})",
-        "diffusion_loss": f"(denoiser, x0, mask_id, *, self_cond_rate=1.0, {noise}, t=None)",
-        "sample": "(denoiser, x, mask_id, steps, *, temperature=1.0, top_p=1.0, order='random', schedule=LINEAR, generator=None, on_step=None)",
+        "diffusion_loss": f"(denoiser, x0, mask_id, *, self_cond_rate=1.0, unroll=1, {noise}, t=None)",
+        "sampler_bound": f"(denoiser, x0, mask_id, steps, *, {noise})",
+        "sample": "(denoiser, x, mask_id, steps, *, temperature=1.0, top_p=1.0, order='random', "
+        "schedule=LINEAR, generator=None, on_step=None)",
         "save": "(path, model, **info)",
         "load": "(path, device='cpu')",
-        "add_self_conditioning": "(model)",
-        "SelfConditioning": "(embedding, mask_id)",
-        "Transformer": "(config)",
-    }  # fmt: skip
-    assert [(f.name, f.default) for f in dataclasses.fields(Config)][2:] == [
-        ("dim", 128), ("depth", 4), ("heads", 4), ("causal", False), ("self_conditioning", False), ("positions", False)]  # fmt: skip
+    }
+    for name, signature in expected.items():
+        assert str(inspect.signature(getattr(scmdm, name))).replace(str(LINEAR), "LINEAR") == signature, name
+    assert Config(3, 4) == Config(3, 4, 128, 4, 4, causal=False, self_conditioning=False, positions=False)
+    fields = [field.name for field in dataclasses.fields(Config)]
+    assert fields[:5] == ["vocab_size", "length", "dim", "depth", "heads"]
+    assert tiny(V=5).mask_id == 5 and LINEAR._fields == ("alpha", "dalpha")
 
 
 # =============================================================================================
-# 4. The model, against NumPy: the equations, and the porter's example
+# 4. The model, against NumPy: the equations of data/golden.py, and golden values for ports
 # =============================================================================================
-
-
-def np_layer_norm(h, weight):
-    centred = h - h.mean(-1, keepdims=True)
-    return weight * centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
-
-
-def np_softmax(z):
-    e = np.exp(z - z.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
-
-
-def np_rotary(x):  # [B, H, L, K]
-    L, K = x.shape[-2:]
-    angle = np.arange(L)[:, None] / 10000 ** (np.arange(K // 2) * 2 / K)
-    pair = x[..., : K // 2] + 1j * x[..., K // 2 :]  # a pair of features is a complex number: turning it is a product
-    turned = pair * np.exp(1j * angle)
-    return np.concatenate((turned.real, turned.imag), -1)
-
-
-def np_forward(w, heads, xt, x0_prev=None, causal=False):
-    """The Transformer, from its equations, in float64. w {name: array}; xt [B, L]; x0_prev [B, L, V] -> logits [B, L, V]."""
-    E = w["embed.weight"]  # [V+1, D]; the last row is the mask
-    V, D = E.shape[0] - 1, E.shape[1]
-    h = E[xt]
-    if x0_prev is not None and "self_conditioning.W" in w:
-        h = h + (xt == V)[..., None] * (x0_prev @ E[:V] @ w["self_conditioning.W"].T)
-    B, L = xt.shape
-    if "position_embed.weight" in w:
-        h = h + w["position_embed.weight"][:L]
-    depth = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("blocks."))
-    for block in (f"blocks.{i}." for i in range(depth)):
-        qkv = np_layer_norm(h, w[block + "norm1.weight"]) @ w[block + "qkv.weight"].T  # [B, L, 3D]
-        q, k, v = (part.reshape(B, L, heads, D // heads).transpose(0, 2, 1, 3) for part in np.split(qkv, 3, -1))
-        scores = np_rotary(q) @ np_rotary(k).transpose(0, 1, 3, 2) / np.sqrt(D // heads)  # [B, H, L, L]
-        if causal:
-            scores = np.where(np.tri(L, dtype=bool), scores, -np.inf)
-        attended = (np_softmax(scores) @ v).transpose(0, 2, 1, 3).reshape(B, L, D)
-        h = h + attended @ w[block + "out.weight"].T
-        z = np_layer_norm(h, w[block + "norm2.weight"]) @ w[block + "up.weight"].T  # [B, L, 4D]
-        z = 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))  # GELU
-        h = h + z @ w[block + "down.weight"].T
-    return np_layer_norm(h, w["norm.weight"]) @ w["head.weight"].T
-
-
-def np_loss(w, heads, x0, t, u_mask, given=True, frozen_w=None):
-    """SCMDM's loss at fixed times t [B] and uniforms u_mask [B, L], linear schedule. [B] nats.
-
-    given [B]: which sequences get the signal. Pass 1 is a constant for gradients: frozen_w are its weights, if not w.
-    """
-    V = w["embed.weight"].shape[0] - 1
-    t = np.maximum(t, 1e-3)  # the floor
-    xt = np.where(u_mask < t[:, None], V, x0)  # 1 - alpha(t) = t
-    x0_prev = np_softmax(np_forward(frozen_w or w, heads, xt)) * np.reshape(given, (-1, 1, 1))
-    logp = np.log(np_softmax(np_forward(w, heads, xt, x0_prev)))
-    nll = -np.take_along_axis(logp, x0[..., None], -1)[..., 0]
-    return ((xt == V) * nll).sum(1) / t  # -alpha' / (1 - alpha) = 1 / t
-
-
-def np_sample(w, heads, x, u_reveal, u_token):
-    """SCMDM's sampler, linear schedule, from fixed uniforms [steps, B, L]. The canvas x [B, L] -> tokens [B, L], predictions [steps, B, L, V]."""
-    V, steps, x0_prev, predictions = w["embed.weight"].shape[0] - 1, len(u_reveal), None, []
-    for k in range(steps):
-        x0_prev = np_softmax(np_forward(w, heads, x, x0_prev))
-        predictions.append(x0_prev)
-        t, s = 1 - k / steps, 1 - (k + 1) / steps
-        reveal = u_reveal[k] < (t - s) / t
-        cdf = np.cumsum(x0_prev, -1)
-        token = (cdf / cdf[..., -1:] > u_token[k][..., None]).argmax(-1)  # divided, or rounding may leave it short of u
-        x = np.where((x == V) & reveal, token, x)
-    return x, np.stack(predictions)
 
 
 def numpy_weights(model):
     return {name: p.detach().numpy().astype(np.float64) for name, p in model.state_dict().items()}
 
 
-@given(seeds, st.sampled_from(["vanilla", "self-conditioned", "causal"]), st.booleans(), st.sampled_from([1, 2, 5, 40]))
+kinds, lengths = st.sampled_from(["vanilla", "adapted", "causal"]), st.sampled_from([1, 2, 5, 40])
+
+
+@given(seeds, kinds, st.booleans(), lengths)
 @settings(max_examples=25)
 def test_transformer_is_its_equations(seed, kind, positions, length):
-    """The Transformer computes what its equations say, to 1e-5: vanilla, self-conditioned and causal, at any length up to its own."""
-    model = tiny(length=40, seed=seed, adapted=kind == "self-conditioned", causal=kind == "causal", positions=positions)
+    """The Transformer computes its equations: vanilla, adapted and causal, at any length up to its own."""
+    adapted, causal = kind == "adapted", kind == "causal"
+    model = tiny(length=40, seed=seed, adapted=adapted, causal=causal, positions=positions)
     xt = torch.randint(6, (3, length), generator=rng(seed))
-    x0_prev = torch.randn(3, length, 5, generator=rng(seed)).softmax(-1) if kind == "self-conditioned" else None
-    expected = np_forward(numpy_weights(model), 2, xt.numpy(), None if x0_prev is None else x0_prev.numpy(), kind == "causal")
+    x0_prev = torch.randn(3, length, 5, generator=rng(seed)).softmax(-1)
+    expected = golden.forward(numpy_weights(model), 2, xt.numpy(), x0_prev.numpy(), causal)
     found = model(xt, x0_prev).detach().numpy()
     assert found.shape == (3, length, 5)
     assert np.abs(found - expected).max() < 1e-5 * max(1, np.abs(expected).max())
@@ -1000,7 +1033,7 @@ def test_transformer_is_its_equations(seed, kind, positions, length):
 @given(seeds, st.integers(0, 5))
 @settings(max_examples=10)
 def test_rows_are_independent_and_causal_is_causal(seed, position):
-    """A row's logits do not depend on the other rows; a causal model's do not depend on later positions, and a denoiser's do."""
+    """Logits do not depend on other rows; a causal model's not on later positions, and a denoiser's do."""
     x = torch.randint(6, (3, 6), generator=rng(seed))
     for causal in (False, True):
         model = tiny(seed=seed, causal=causal)
@@ -1016,16 +1049,15 @@ def test_rows_are_independent_and_causal_is_causal(seed, position):
 @given(seeds)
 @settings(max_examples=10)
 def test_only_position_embeddings_tell_where_a_mask_stands(seed):
-    """To a sequence of nothing but masks the model answers the same everywhere, unless it has position embeddings."""
-    masks = torch.full((1, 6), 5)
+    """To nothing but masks the model answers the same everywhere, unless it has position embeddings."""
     for positions in (False, True):
-        logits = tiny(seed=seed, positions=positions)(masks)[0]
+        logits = tiny(seed=seed, positions=positions)(torch.full((1, 6), 5))[0]
         same = torch.isclose(logits, logits[:1], atol=1e-5).all(1)
         assert not same[1:].any() if positions else same.all()
 
 
 def test_initialisation():
-    """A new model is small and nearly uniform: matrices of standard deviation 0.02, those that add to the residual stream less, norms of one."""
+    """New matrices have standard deviation 0.02, less where they add to the residual stream; norms are 1."""
     torch.manual_seed(0)
     model = Transformer(Config(50, 8, dim=128, depth=4, heads=4))
     for name, p in model.named_parameters():
@@ -1034,214 +1066,199 @@ def test_initialisation():
         else:
             expected = 0.02 / math.sqrt(8) if name.endswith(("out.weight", "down.weight")) else 0.02
             assert p.std().item() == pytest.approx(expected, rel=0.05)
-    assert model.mask_id == 50 and model.embed.weight.shape == (51, 128) and model.head.weight.shape == (50, 128)
-    assert sum(p.numel() for p in model.parameters()) == 51 * 128 + 50 * 128 + 4 * (12 * 128**2 + 2 * 128) + 128
+    assert model.embed.weight.shape == (51, 128) and model.head.weight.shape == (50, 128)
+    assert sum(p.numel() for p in model.parameters()) == 101 * 128 + 4 * (12 * 128**2 + 2 * 128) + 128
 
 
-@pytest.mark.parametrize("kw", [dict(vocab_size=0), dict(length=0), dict(length=2.0), dict(length=10**7 + 1),
-                                dict(dim=10**9), dict(dim=12, heads=4), dict(heads=0), dict(depth=True)])  # fmt: skip
-def test_impossible_models_are_refused(kw):
-    """A Config that cannot be is refused by the name of its field; so is a sequence longer than the model's length."""
-    with pytest.raises(ValueError, match=f"Config.{next(iter(kw))} is "):
-        Config(**{"vocab_size": 3, "length": 4, **kw})
-    assert Config(10**7, 1).vocab_size == 10**7
+def test_what_does_not_fit_is_refused():
+    """Heads that do not divide dim into pairs of features are refused; so is too long a sequence."""
     with pytest.raises(ValueError, match="Config.dim is 20, expected a multiple of 2 \\* heads = 6"):
         Config(3, 4, dim=20, heads=3)
     with pytest.raises(ValueError, match="xt has 7 positions, expected at most config.length = 6"):
         tiny()(torch.zeros(1, 7, dtype=torch.long))
 
 
-def replay(uniforms):
-    """Stands in for scmdm.uniform: hands out the given arrays, one a call."""
-    stack = [torch.as_tensor(u) for u in uniforms]
-    return lambda shape, device, generator=None: stack.pop(0)
-
-
-GRADIENTS = ("self_conditioning.W", "embed.weight")  # which of them golden.npz has: those that pass 1 could get wrong
+def golden_optimiser(model, x0, t, u_mask, u_given):
+    """Three steps of train.py's optimiser, at the same noise each; {name: array}."""
+    model, steps, lr, warmup = copy.deepcopy(model), 3, 1e-2, 1
+    parameters, average = dict(model.named_parameters()), copy.deepcopy(model).requires_grad_(False)
+    matrices = [p for name, p in parameters.items() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in parameters.items() if p.ndim != 2 or "embed" in name]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+    losses, gradients = [], []
+    for step in range(steps):
+        with replay(u_mask, u_given):
+            loss = diffusion_loss(model, x0, 5, t=t).mean() / x0.shape[1]
+        optimiser.zero_grad()
+        loss.backward()
+        losses.append(loss)
+        gradients.append({name: p.grad.clone() for name, p in parameters.items()})
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        for group in optimiser.param_groups:
+            group["lr"] = lr * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
+        optimiser.step()
+        decay = min(0.999, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+    arrays = {"optimiser/loss": torch.stack(losses)}
+    for name in parameters:
+        arrays[f"optimiser/gradient/{name}"] = torch.stack([g[name] for g in gradients])
+    for name in ("embed.weight", "self_conditioning.W", "blocks.0.qkv.weight"):
+        arrays[f"optimiser/live/{name}"] = parameters[name]
+        arrays[f"optimiser/average/{name}"] = average.state_dict()[name]
+    return arrays
 
 
 def make_golden():
-    """The arrays of data/golden.npz: see the README for what each is."""
+    """The arrays of data/golden.npz: `steps` in data/golden.py says what each is for."""
     model, rand = tiny(V=5, length=8, seed=1, adapted=True, positions=True), np.random.default_rng(0)
     w = {name: p.detach().numpy() for name, p in model.state_dict().items()}
     xt = rand.integers(0, 6, (2, 8))
     xt[:, ::3] = 5
-    x0_prev = np_softmax(2 * rand.standard_normal((2, 8, 5))).astype(np.float32)
+    x0_prev = golden.softmax(2 * rand.standard_normal((2, 8, 5))).astype(np.float32)
     u_given = np.array([0.2, 0.7, 0.4, 0.9])
     x0, t, u_mask = rand.integers(0, 5, (4, 8)), np.array([0.0004, 0.4, 0.65, 0.9]), rand.random((4, 8))
     u_mask[0, 3] = 0.0006  # masked only because the first time is raised to the floor
     canvas = np.full((2, 8), 5)
     canvas[1, 2:4] = 1, 3
     u_reveal, u_token = rand.random((2, 6, 2, 8))
+    u_token[5, 0, 2] = 1 - 2**-53  # the last token, in float64 and if the sum is divided by its end
+    u_passes, u_calls = np.array([0.6]), np.array([0.3, 0.1, 0.5, 0.95])  # 3 passes; T from 2.6 to 28
+    u_bound = rand.random((4, 8))
+    noise = torch.tensor(x0), torch.tensor(t)
     predictions = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scmdm, "uniform", replay([u_mask, u_given] * 2))
-        half = diffusion_loss(model, torch.tensor(x0), 5, t=torch.tensor(t), self_cond_rate=0.5)
-        loss = diffusion_loss(model, torch.tensor(x0), 5, t=torch.tensor(t))
+    keep = lambda k, x, x0_prev: predictions.append(x0_prev)  # noqa: E731
+    with replay(u_mask, u_given):
+        half = diffusion_loss(model, noise[0], 5, t=noise[1], self_cond_rate=0.5)
+    with replay(u_mask, u_given):
+        loss = diffusion_loss(model, noise[0], 5, t=noise[1])
         loss.mean().backward()
-        patch.setattr(scmdm, "uniform", replay([u for pair in zip(u_reveal, u_token) for u in pair]))
-        tokens = sample(model, torch.tensor(canvas), 5, 6, on_step=lambda k, x, x0_prev: predictions.append(x0_prev))
-        logits, signal_ = model(torch.tensor(xt)), model(torch.tensor(xt), torch.tensor(x0_prev))
-        for block in model.blocks:
-            block.causal = True
-        causal = model(torch.tensor(xt))
+    with replay(u_mask, u_given, u_passes, u_calls):
+        unrolled = diffusion_loss(model, noise[0], 5, t=noise[1], unroll=4)
+    with replay(*(u for pair in zip(u_reveal, u_token) for u in pair)):
+        tokens = sample(model, torch.tensor(canvas), 5, 6, on_step=keep)
+    with replay(u_bound):
+        bound = sampler_bound(model, noise[0], 5, 6)
+    judge = copy.deepcopy(model)
+    for block in judge.blocks:
+        block.causal = True
     arrays = {"weights/" + name: p for name, p in w.items()}
     arrays |= {"heads": np.array(2), "forward/xt": xt, "forward/x0_prev": x0_prev}
-    arrays |= {"forward/logits_without_signal": logits, "forward/logits_with_signal": signal_, "forward/logits_causal": causal}
+    xt, x0_prev = torch.tensor(xt), torch.tensor(x0_prev)
+    arrays |= {"forward/logits_without_signal": model(xt), "forward/logits_with_signal": model(xt, x0_prev)}
+    arrays |= {"forward/logits_causal": judge(xt)}
     arrays |= {"loss/x0": x0, "loss/t": t, "loss/u_mask": u_mask, "loss/loss": loss}
     arrays |= {"loss/u_given": u_given, "loss/loss_at_rate_half": half}
-    arrays |= {f"loss/gradient/{name}": p.grad for name, p in model.named_parameters() if name in GRADIENTS}
+    for name in ("self_conditioning.W", "embed.weight"):  # those that pass 1 could get wrong
+        arrays[f"loss/gradient/{name}"] = model.get_parameter(name).grad
+    arrays |= {"unroll/u_passes": u_passes, "unroll/u_calls": u_calls, "unroll/loss": unrolled}
     arrays |= {"sample/canvas": canvas, "sample/u_reveal": u_reveal, "sample/u_token": u_token}
     arrays |= {"sample/x0_prev": torch.stack(predictions), "sample/tokens": tokens}
+    arrays |= {"bound/u": u_bound, "bound/bound": bound}
+    arrays |= golden_optimiser(model, *noise, u_mask, u_given)
     return {name: a.detach().numpy() if torch.is_tensor(a) else a for name, a in arrays.items()}
 
 
 def test_golden_values_have_not_moved():
-    """This code computes what data/golden.npz says, so a port that agrees with the file agrees with the code."""
-    with np.load(GOLDEN, allow_pickle=False) as file:
+    """This code computes what data/golden.npz says: a port that agrees with the file agrees with the code."""
+    with np.load(golden.GOLDEN, allow_pickle=False) as file:
         arrays = make_golden()
         assert set(file.files) == set(arrays)
         for name, array in arrays.items():
-            assert np.allclose(file[name], array, atol=1e-5, rtol=1e-5), name
+            scale = max(1, np.abs(array).max())  # a loss at t = 0.001 weighs 1000
+            assert np.allclose(file[name], array, atol=1e-5 * scale, rtol=0), name
 
 
-def test_a_port_can_check_itself_step_by_step():
-    """A port in plain NumPy, without torch, reproduces every value of data/golden.npz, in the order of the README."""
-    with np.load(GOLDEN, allow_pickle=False) as file:
-        g = {name: file[name] for name in file.files}
-    w = {name.removeprefix("weights/"): a.astype(np.float64) for name, a in g.items() if name.startswith("weights/")}
-    heads = int(g["heads"])
-    close = dict(atol=1e-4, rtol=1e-4)
-    assert np.allclose(np_forward(w, heads, g["forward/xt"]), g["forward/logits_without_signal"], **close)
-    assert np.allclose(np_forward(w, heads, g["forward/xt"], g["forward/x0_prev"]), g["forward/logits_with_signal"], **close)
-    assert np.allclose(np_forward(w, heads, g["forward/xt"], causal=True), g["forward/logits_causal"], **close)
-    noise = g["loss/x0"], g["loss/t"], g["loss/u_mask"]
-    assert np.allclose(np_loss(w, heads, *noise), g["loss/loss"], **close)
-    assert np.allclose(np_loss(w, heads, *noise, given=g["loss/u_given"] < 0.5), g["loss/loss_at_rate_half"], **close)
-    for name in GRADIENTS:  # each along a random direction, by a finite difference in which pass 1 stays as it is
-        direction = np.random.default_rng(0).standard_normal(w[name].shape)
-        up, down = (np_loss(w | {name: w[name] + h * direction}, heads, *noise, frozen_w=w).mean() for h in (1e-5, -1e-5))
-        assert np.isclose((up - down) / 2e-5, (g[f"loss/gradient/{name}"] * direction).sum(), rtol=1e-3)
-    tokens, predictions = np_sample(w, heads, g["sample/canvas"], g["sample/u_reveal"], g["sample/u_token"])
-    assert np.array_equal(tokens, g["sample/tokens"]) and np.allclose(predictions, g["sample/x0_prev"], **close)
+def test_a_port_can_check_itself_step_by_step(tmp_path, capsys):
+    """The port in plain NumPy, data/golden.py, reproduces all of data/golden.npz, and sees a wrong value."""
+    assert golden.check()
+    assert capsys.readouterr().out.count(": ok, largest difference") == 10
+    with np.load(golden.GOLDEN, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    arrays["bound/bound"][2] += 0.01
+    np.savez(tmp_path / "other.npz", **arrays)
+    assert not golden.check(tmp_path / "other.npz")
+    wrong = [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
+    assert len(wrong) == 1 and wrong[0].startswith("the sampler's bound: WRONG")
 
 
 # =============================================================================================
-# 5. Engineering: files, training, the command lines, bad input
+# 5. Engineering: files, training, the command lines
 # =============================================================================================
 
 
-@pytest.mark.parametrize("kind", ["vanilla", "adapted", "causal", "half"])
+@pytest.mark.parametrize("kind", ["vanilla", "adapted", "causal", "half", "bfloat16"])
 def test_save_and_load(tmp_path, kind):
-    """A model comes back from its file bit for bit, with its config and what was to be remembered; load always computes in float32."""
-    model = tiny(adapted=kind == "adapted", causal=kind == "causal")
-    model = model.half() if kind == "half" else model
-    save(tmp_path / "m.npz", model, vocab=list("añ\n☃é"), steps=3)
-    again = load(tmp_path / "m.npz")
+    """A model comes back bit for bit, in float32, with its config and what was to be remembered."""
+    model, path = tiny(adapted=kind == "adapted", causal=kind == "causal"), tmp_path / "m.npz"
+    model = model.half() if kind == "half" else model.bfloat16() if kind == "bfloat16" else model
+    save(path, model, vocab=list("añ\n☃é"), steps=3)
+    again = load(path)
     assert again.config == model.config and again.info == {"vocab": list("añ\n☃é"), "steps": 3}
-    save(tmp_path / "m.npz", model if kind == "half" else again, **({"vocab": list("añ\n☃é")} if kind == "half" else {}), steps=4)
-    assert load(tmp_path / "m.npz").info == {"vocab": list("añ\n☃é"), "steps": 4}, "what was remembered is forgotten"
-    if kind == "adapted":
-        assert again.self_conditioning.shared[0] is again.embed
     assert list(again.state_dict()) == list(model.state_dict())
     for p, q in zip(model.parameters(), again.parameters()):
         assert q.dtype == torch.float32 and q.requires_grad and torch.equal(p.float(), q)
-    x = torch.randint(6, (2, 6), generator=rng(0))
-    signal_ = torch.rand(2, 6, 5)
-    assert torch.equal(model.float()(x, signal_), again(x, signal_))
-    assert [f.name for f in tmp_path.iterdir()] == ["m.npz"], "a temporary file was left"
-    with np.load(tmp_path / "m.npz", allow_pickle=False) as file:  # no pickle: numpy itself refuses one here
+    x, x0_prev = torch.randint(6, (2, 6), generator=rng(0)), torch.rand(2, 6, 5)
+    assert torch.equal(model.float()(x, x0_prev), again(x, x0_prev))
+    with np.load(path, allow_pickle=False) as file:
         assert file["embed.weight"].dtype == (np.float16 if kind == "half" else np.float32)
-        assert json.loads(str(file["header"]))["config"]["length"] == 6
+    save(path, again, steps=4)
+    assert load(path).info == {"vocab": list("añ\n☃é"), "steps": 4}, "what was remembered is forgotten"
+    assert [f.name for f in tmp_path.iterdir()] == ["m.npz"], "a temporary file was left"
 
 
-def test_bfloat16_models_are_saved_as_float32(tmp_path):
-    """NumPy has no bfloat16: such a model is saved in float32, without loss."""
-    model = tiny().bfloat16()
-    save(tmp_path / "m.npz", model)
-    assert torch.equal(load(tmp_path / "m.npz").embed.weight, model.embed.weight.float())
-
-
-def test_byte_order_does_not_matter(tmp_path):
-    """Arrays written by a machine of the other byte order are read as the same numbers."""
-    path = damaged(tmp_path, lambda arrays, header: arrays.update({name: a.astype(">f4") for name, a in arrays.items()}))
-    assert all(torch.equal(p, q) for p, q in zip(load(path).parameters(), tiny().parameters()))
-
-
-def damaged(tmp_path, change):
-    """A model file with `change` made to its arrays and header."""
-    save(tmp_path / "m.npz", tiny())
-    arrays, header = scmdm.load_arrays(tmp_path / "m.npz")
-    change(arrays, header)
-    np.savez(tmp_path / "m.npz", header=np.array(json.dumps(header)), **arrays)
-    return tmp_path / "m.npz"
-
-
-@pytest.mark.parametrize(
-    "change, says",
-    [
-        (lambda a, h: a["head.weight"].__setitem__((0, 0), math.nan), "array head.weight has a value that is not finite"),
-        (lambda a, h: a.update({"head.weight": a["head.weight"][:2]}), "array head.weight is .*expected floats"),
-        (lambda a, h: a.update({"head.weight": a["head.weight"].astype(int)}), "array head.weight is .*expected floats"),
-        (lambda a, h: a.update({"head.weight": a["head.weight"] > 0}), "array head.weight is bool .*expected floats"),
-        (lambda a, h: a.pop("norm.weight"), "array norm.weight is nothing None, expected"),
-        (lambda a, h: a.update(extra=np.zeros(3)), "array extra is float64 .*expected floats None"),
-        (lambda a, h: h["config"].update(depth=10**6), "not a model file .*depth"),
-        (lambda a, h: h["config"].update(dim=-3), "not a model file .*dim"),
-        (lambda a, h: h["config"].update(colour=3), "not a model file"),
-        (lambda a, h: h.pop("config"), "not a model file"),
-        (lambda a, h: h.update(info=3), "not a model file"),
-    ],
-)
-def test_a_wrong_model_file_is_refused(tmp_path, change, says):
-    """A file whose arrays are not those of its config, or not finite, is refused in one line that names the file and the array."""
-    path = damaged(tmp_path, change)
-    with pytest.raises(ValueError, match=f"m.npz: {says}") as error:
-        load(path)
-    assert "\n" not in str(error.value)
+def test_the_header_opens_anywhere(tmp_path):
+    """The header is UTF-8 JSON in a uint8 array, which readers in other languages know; the Unicode string of
+    older files is read too, and arrays of the other byte order."""
+    path = tmp_path / "m.npz"
+    save(path, tiny(), vocab=["ñ", "☃"])
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    header = arrays.pop("header")
+    assert header.dtype == np.uint8 and header.ndim == 1 and "ñ".encode() in header.tobytes()
+    header = json.loads(header.tobytes().decode("utf-8"))
+    assert set(header) == {"config", "info"} and header["config"]["length"] == 6
+    del header["config"]["positions"]  # older still
+    arrays = {name: a.astype(">f4") for name, a in arrays.items()}
+    np.savez(path, header=np.array(json.dumps(header)), **arrays)
+    model = load(path)
+    assert model.info == {"vocab": ["ñ", "☃"]} and model.config == tiny().config
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), tiny().parameters()))
 
 
 def test_a_file_that_is_no_model_is_refused(tmp_path):
-    """A missing, empty, truncated, foreign or pickled file is refused in one line, and nothing in it is ever run."""
-    path = tmp_path / "m.npz"
+    """A missing, truncated, foreign or pickled file is refused in one line that names it; nothing is run."""
+    path, ran = tmp_path / "m.npz", tmp_path / "ran"
     save(path, tiny())
-    whole, ran = path.read_bytes(), tmp_path / "ran"
+    whole = path.read_bytes()
 
     class Hostile:
         def __reduce__(self):
             return (ran.touch, ())
 
-    pickled, array, foreign = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    pickled, array, foreign, other = (io.BytesIO() for _ in range(4))
     np.savez(pickled, header=np.array([Hostile()], dtype=object))
     np.save(array, np.zeros(3))
     with zipfile.ZipFile(foreign, "w") as z:
         z.writestr("header", "hello")
+    with np.load(path) as file:
+        np.savez(other, **{**file, "head.weight": file["head.weight"][:2]})
     cases = [b"", b"hello", whole[:100], whole[: len(whole) // 2], whole[:-1]]
-    for content in cases + [f.getvalue() for f in (pickled, array, foreign)]:
+    for content in cases + [f.getvalue() for f in (pickled, array, foreign, other)]:
         path.write_bytes(content)
         with pytest.raises(ValueError, match="m.npz: not a model file") as error:
             load(path)
         assert "\n" not in str(error.value)
-    for i in range(0, len(whole), len(whole) // 60):  # one wrong byte: refused, or in a field that does not matter
-        path.write_bytes(whole[:i] + bytes([whole[i] ^ 255]) + whole[i + 1 :])
-        try:
-            assert torch.equal(load(path).head.weight, tiny().head.weight)
-        except ValueError as error:
-            assert "m.npz" in str(error) and "\n" not in str(error)
     assert not ran.exists(), "the file was unpickled"
     with pytest.raises(ValueError, match="gone.npz: No such file"):
         load(tmp_path / "gone.npz")
 
 
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
-    """If writing fails at any point, a full disk say, the file that was there stays as it was, and nothing else is left; what could not be read again is not written."""
+    """If writing fails, on a full disk say, the file that was there stays as it was; nothing else is left."""
     path = tmp_path / "m.npz"
     save(path, tiny(seed=1))
     before = path.read_bytes()
-    model = tiny()
-    model.head.weight.data[0, 0] = 1e5  # more than float16 holds
-    with pytest.raises(ValueError, match="m.npz: not written, array head.weight has a value that is not finite"):
-        save(path, model.half())
 
     def full_disk(f, **arrays):
         f.write(b"half of it")
@@ -1251,92 +1268,6 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left on device: .*m.npz"):
         save(path, tiny(seed=2))
     assert path.read_bytes() == before and [f.name for f in tmp_path.iterdir()] == ["m.npz"]
-
-
-SETTINGS = dict(stage="adapt", data="x", steps=12, batch_size=4, lr=1e-2, weight_decay=0.1, seed=3, dtype="float32", compile=False)
-
-
-def run_optimise(out, rate=1.0, loss_of=None, data_seed=0, **changes):
-    args = types.SimpleNamespace(**{**SETTINGS, "resume": False, **changes})
-    stream = np.random.default_rng(data_seed).integers(0, 5, 400)
-    model = add_self_conditioning(tiny(seed=4))
-    return train_py.optimise(model, loss_of or train_py.diffusion_at(rate), stream, args, "scmdm", out, rate=rate)
-
-
-def test_a_resumed_run_equals_an_unbroken_one(tmp_path, capsys):
-    """^C saves the state after a whole step and says how to go on; the resumed run ends in the same weights, bit for bit."""
-    whole, calls = run_optimise(tmp_path), []
-
-    def interrupted(model, x0, generator):
-        calls.append(x0)
-        if len(calls) == 5:
-            signal.raise_signal(signal.SIGINT)
-        return train_py.diffusion_at(1.0)(model, x0, generator)
-
-    with pytest.raises(SystemExit) as stop:
-        run_optimise(tmp_path, loss_of=interrupted)
-    assert stop.value.code == 130 and "--resume" in capsys.readouterr().out
-    again = run_optimise(tmp_path, resume=True)
-    assert "resumed at step 5" in capsys.readouterr().out and len(calls) == 5
-    for p, q in zip(whole.parameters(), again.parameters()):
-        assert torch.equal(p, q)
-    for changes, says in (
-        (dict(batch_size=8), "'batch_size': '4, expected 8'"),
-        (dict(rate=0.5), "'rate': '1.0, expected 0.5'"),
-        (dict(data_seed=1), "'data': '.*, expected .*'"),
-    ):
-        with pytest.raises(ValueError, match=f"--resume: .*state.npz is of another run: {{{says}}}"):
-            run_optimise(tmp_path, resume=True, **changes)
-    with pytest.raises(ValueError, match="state.npz: an interrupted run; go on with --resume"):
-        run_optimise(tmp_path)
-    arrays, header = scmdm.load_arrays(tmp_path / "scmdm.state.npz")
-    for broken in ({k: a for k, a in arrays.items() if k != "exp_avg/head.weight"}, arrays | {"value/norm.weight": np.zeros(1)}):
-        scmdm.save_arrays(tmp_path / "scmdm.state.npz", broken, header)
-        with pytest.raises(ValueError, match="state.npz does not hold the arrays of this model"):
-            run_optimise(tmp_path, resume=True)
-    scmdm.save_arrays(tmp_path / "scmdm.state.npz", arrays, header | {"step": "5"})
-    with pytest.raises(ValueError, match="state.npz is not the state of a run"):
-        run_optimise(tmp_path, resume=True)
-    scmdm.save_arrays(tmp_path / "scmdm.state.npz", arrays, header)
-    run_optimise(tmp_path, resume=True, lr=3e-3)  # after a NaN, say
-
-
-def test_every_step_sees_another_batch():
-    """The batches and the noise of a run do not repeat, and another seed gives others."""
-    seen = []
-    for seed in (0, 1):
-        run_optimise(Path("/nonexistent"), seed=seed, loss_of=lambda m, x0, g: (
-            seen.append((tuple(x0.flatten().tolist()), torch.rand(1, generator=g).item())), diffusion_loss(m, x0, 5, generator=g))[1])  # fmt: skip
-    batches, noises = zip(*seen)
-    assert len(set(batches)) == len(set(noises)) == 2 * SETTINGS["steps"]
-
-
-def test_a_loss_that_turns_nan_stops_the_run(tmp_path):
-    """When the loss turns NaN the run stops with one line, and the state file holds the last good weights."""
-    calls = []
-
-    def failing(model, x0, generator):
-        calls.append(1)
-        loss = train_py.diffusion_at(1.0)(model, x0, generator)
-        return loss * math.nan if len(calls) == 7 else loss
-
-    with pytest.raises(ValueError, match="scmdm: stopped at step 6, loss nan.*last good state is in"):
-        run_optimise(tmp_path, loss_of=failing)
-    arrays, header = scmdm.load_arrays(tmp_path / "scmdm.state.npz")  # which refuses a NaN
-    assert header["step"] == 6 and "value/self_conditioning.W" in arrays
-
-
-def test_training_learns():
-    """Training lowers the loss: on sequences that count upwards, nearly to zero; and the average of the weights is what is returned."""
-    args = types.SimpleNamespace(**{**SETTINGS, "steps": 300, "lr": 5e-3, "batch_size": 32, "resume": False})
-    rows = (np.arange(6) + np.arange(5)[:, None]) % 5
-    torch.manual_seed(0)
-    model = Transformer(Config(5, 6, dim=32, depth=2, heads=2))
-    before, _ = train_py.validate(model, np.repeat(rows, 20, 0), 0.0)
-    average = train_py.optimise(model, train_py.diffusion_at(0.0), rows, args, "base", Path("/nonexistent"))
-    after, by_time = train_py.validate(average, np.repeat(rows, 20, 0), 0.0)
-    # one token tells all: log 5 nats a sequence is what cannot be known
-    assert before > 1.4 and after < 1.3 * math.log(5) / 6 and by_time[0] < 0.1 < by_time[-1]
 
 
 def run_command(monkeypatch, capsys, script, *words):
@@ -1350,94 +1281,229 @@ def run_command(monkeypatch, capsys, script, *words):
     return code, *capsys.readouterr()
 
 
+def optimise(tmp_path, rate=1.0, unroll=1, loss_of=None, resume=False, lr=1e-2, steps=12, **what):
+    """A short training of a tiny adapted model on random tokens."""
+    args = types.SimpleNamespace(batch_size=4, weight_decay=0.1, dtype="float32", compile=False, resume=resume)
+    stream = np.random.default_rng(0).integers(0, 5, 400)
+    model, state = add_self_conditioning(tiny(seed=4)), tmp_path / "rate1.state"
+    loss_of = loss_of or train_py.diffusion_at(rate, unroll)
+    return train_py.optimise(model, loss_of, stream, args, steps, lr, 3, state, {"steps": steps} | what)
+
+
+def stopping_at(step, error):
+    """The loss of rate 1, in which something happens at the given call."""
+    calls = []
+
+    def loss_of(model, x0, generator):
+        calls.append(x0)
+        if len(calls) == step + 1:
+            raise error
+        return train_py.diffusion_at(1.0)(model, x0, generator)
+
+    return loss_of
+
+
+def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch):
+    """A run that was stopped at any point goes on from its last state to the same weights, bit for bit."""
+    whole = optimise(tmp_path)
+    monkeypatch.setattr(train_py, "STATE_EVERY", 0)
+    with pytest.raises(KeyboardInterrupt):
+        optimise(tmp_path, loss_of=stopping_at(5, KeyboardInterrupt()))
+    again = optimise(tmp_path, resume=True)
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters()))
+    with pytest.raises(SystemExit):
+        optimise(tmp_path, resume=True, base=7)  # what it was made from differs
+    (tmp_path / "rate1.state").write_bytes(b"damaged")
+    with pytest.raises(SystemExit):
+        optimise(tmp_path, resume=True)
+
+
+def test_a_full_disk_does_not_stop_a_run(tmp_path, monkeypatch, capsys):
+    """A state that cannot be written is a warning, and the training goes on to the same end."""
+    whole = optimise(tmp_path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train_py, "STATE_EVERY", 0)
+    monkeypatch.setattr(torch, "save", full)
+    again = optimise(tmp_path)
+    assert "No space left on device" in capsys.readouterr().err
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters()))
+
+
+def test_a_nan_stops_the_run_and_leaves_a_way_on(tmp_path, monkeypatch):
+    """A gradient that is not finite changes nothing: the last state is good, and goes on with another learning rate."""
+    monkeypatch.setattr(train_py, "STATE_EVERY", 0)
+    calls = []
+
+    def failing(model, x0, generator):
+        calls.append(1)
+        return train_py.diffusion_at(1.0)(model, x0, generator) * (math.nan if len(calls) == 7 else 1)
+
+    with pytest.raises(ValueError, match="stopped at step 6, loss nan; --resume with a lower --lr"):
+        optimise(tmp_path, loss_of=failing)
+    state = torch.load(tmp_path / "rate1.state", weights_only=True)
+    assert state["step"] == 6 and all(p.isfinite().all() for p in state["model"].values())
+    assert all(p.isfinite().all() for p in optimise(tmp_path, resume=True, lr=1e-3).parameters())
+
+
+def test_every_step_sees_another_batch_and_other_noise(tmp_path):
+    """No batch and no noise of a run comes twice."""
+    seen = []
+
+    def loss_of(model, x0, generator):
+        seen.append((tuple(x0.flatten().tolist()), torch.rand(1, generator=generator).item()))
+        return train_py.diffusion_at(1.0)(model, x0, generator)
+
+    optimise(tmp_path, loss_of=loss_of)
+    assert all(len(set(column)) == 12 for column in zip(*seen))
+
+
+def test_training_learns(tmp_path):
+    """Training lowers the loss: on sequences that count upwards, to nearly what cannot be known."""
+    args = types.SimpleNamespace(batch_size=32, weight_decay=0.0, dtype="float32", compile=False, resume=False)
+    rows = (np.arange(6) + np.arange(5)[:, None]) % 5
+    torch.manual_seed(0)
+    model = Transformer(Config(5, 6, dim=32, depth=2, heads=2))
+    before, _ = train_py.validate(model, np.repeat(rows, 8, 0))
+    average = train_py.optimise(model, train_py.diffusion_at(0), rows, args, 300, 5e-3, 0, tmp_path / "x.state", {})
+    after, by_share = train_py.validate(average, np.repeat(rows, 8, 0))
+    assert before > 1.4 and after < 1.3 * math.log(5) / 6  # one token tells all: log 5 nats for each sequence
+    assert float(by_share[0]) < 0.1
+
+
+def test_several_processes_train_the_model_of_one(tmp_path):
+    """Two processes give the weights that one gives with the same global batch, to float error, at any rate and unrolled;
+    at rate 0 too, at which W gets no gradient."""
+    arms = [(0.0, 1), (0.5, 1), (1.0, 1), (1.0, 4)]
+    script = tmp_path / "two.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import os, torch, torch.distributed as dist\n"
+        "from pathlib import Path\n"
+        "import test_scmdm as tests\n"
+        "dist.init_process_group('gloo')\n"
+        f"for i, (rate, unroll) in enumerate({arms}):\n"
+        f"    model = tests.optimise(Path({str(tmp_path)!r}), rate, unroll)\n"
+        f"    if os.environ['RANK'] == '0': torch.save(model.state_dict(), {str(tmp_path)!r} + f'/{{i}}.pt')\n"
+        "dist.destroy_process_group()\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run(launch, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    for i, (rate, unroll) in enumerate(arms):
+        one, two = optimise(tmp_path, rate, unroll).state_dict(), torch.load(tmp_path / f"{i}.pt", weights_only=True)
+        assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one), (rate, unroll)
+
+
 SMALL = ["--dim", "16", "--depth", "1", "--heads", "2", "--steps", "3", "--batch-size", "4"]
 
 
 @pytest.fixture(scope="module")
-def own_model(tmp_path_factory):
-    """A folder with a user's own text and the models of a three-step training on it."""
+def own(tmp_path_factory):
+    """A folder with a user's own text, and what three steps of each stage made of it."""
     folder = tmp_path_factory.mktemp("own")
-    text = folder / "novel.txt"
-    text.write_text("a quick brown fox jumps over the lazy dog.\n" * 640)
+    (folder / "novel.txt").write_text("a quick brown fox jumps over the lazy dog_\n" * 640)
+    common = ["train.py", "--data", str(folder / "novel.txt"), "--length", "24", "--out", str(folder)]
     with pytest.MonkeyPatch.context() as patch:
-        for words in (["pretrain", *SMALL], ["judge", *SMALL], ["adapt", "--steps", "3", "--arms", "all", "--eval-seeds", "0"]):
-            patch.setattr(sys, "argv", ["train.py", "--data", str(text), "--out", str(folder), "--stage", *words])
+        adapt = ["adapt", "--steps", "3", "--batch-size", "4", "-n", "0", "--rates", "0", "0.5", "1", "--unroll", "1", "3"]
+        for words in (["pretrain", *SMALL], ["judge", *SMALL], adapt):
+            patch.setattr(sys, "argv", [*common, "--stage", *words])
             sample_py.run(train_py.main)
     return folder
 
 
-def test_own_text_end_to_end(own_model, monkeypatch, capsys):
-    """A user's own text is trained on, adapted, sampled, infilled and watched like the built-in one; sampling needs no data file."""
-    files = {"base.npz", "judge.npz", "scmdm.npz", "continued.npz", "partial.npz", "novel.txt"}
-    assert {f.name for f in own_model.iterdir()} == files
-    text = (own_model / "novel.txt").read_text()
-    (own_model / "novel.txt").unlink()
-    code, out, _ = run_command(monkeypatch, capsys, sample_py, "--models", own_model, "--prompt", "fox ____ dog", "--steps", 4, "-n", 3)
-    assert code == 0 and "vanilla" in out and "SCMDM" in out and out.count("fox ") == out.count(" dog") >= 6
-    code, out, _ = run_command(monkeypatch, capsys, sample_py, "--models", own_model, "--watch", "--steps", 4, "-n", 1)
-    assert code == 0 and "call 4" in out and "call 5" not in out and "·" in out
-    (own_model / "novel.txt").write_text(text)
+def test_own_text_end_to_end(own, monkeypatch, capsys, tmp_path):
+    """One's own text is trained on, adapted at every rate, one file each, sampled, infilled, filmed, saved and measured."""
+    arms = {"rate0", "rate0.5", "rate0.5-unroll3", "rate1", "rate1-unroll3"}
+    assert {f.stem for f in own.glob("*.npz")} >= {"base", "judge", *arms}
+    call = lambda *words: run_command(monkeypatch, capsys, sample_py, "--models", own, "--steps", 4, *words)  # noqa: E731
+    code, out, err = call("--prompt", r"fox ____ dog\_", "-n", 3, "--save", tmp_path / "x.jsonl", "--film", tmp_path / "x.svg")
+    assert code == 0 and "base" in out and "SCMDM unroll 3" in out and out.count("fox ") >= 6, err
+    records = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    assert len(records) == 6 and all(r["text"].startswith("fox ") and r["text"][8:13] == " dog_" for r in records)
+    assert all(len(r["text"]) == 24 for r in records) and (tmp_path / "x.svg").read_text().startswith("<svg")
+    code, out, err = call("--prompt", "fox ____ dog", "--length", 12, "-n", 1, "--model", "rate0.5", "--watch")
+    assert code == 0 and "SCMDM rate 0.5" in out and "call 4" in out and "call 5" not in out, err
+    code, out, err = call("--evaluate", "-n", 4, "--temperature", 0.8, 1)
+    table = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("| ")]
+    assert code == 0 and table == ["model", "-" * max(map(len, table)), "real", "base", "base, trained on",
+                                   "SCMDM rate 0.5", "SCMDM rate 0.5 unroll 3", "SCMDM (the paper's)", "SCMDM unroll 3"], err  # fmt: skip
+    rows = results.read_csv(own / "results.csv")
+    assert len(rows) == 1 + 6 * 2 + 4 * 3, "real data, each model at each temperature, three other signals"
+    assert all(row["gen. ppl"] > 1 for row in rows if "signal" not in row) and "Does the signal" in out
+    monkeypatch.setattr(sample_py, "generate", None)  # what is in the file is not measured again
+    assert call("--evaluate", "-n", 4, "--temperature", 0.8, 1)[1] == out
 
 
-def test_main_job_prints_its_table(own_model, monkeypatch, capsys):
-    """The main job ends with a table: each model, its bound, and its samples measured at each number of calls beside real data."""
-    words = ["--data", own_model / "novel.txt", "--out", own_model, "--steps", 2, "-n", 4, "--eval-seeds", 2, "--eval-steps", 2, 3]
-    code, out, err = run_command(monkeypatch, capsys, train_py, *words)
+def test_nothing_finished_is_destroyed(own, monkeypatch, capsys, tmp_path):
+    """A finished model is never written over; --resume keeps it, if it was made from the same data, base and settings."""
+    call = lambda *words: run_command(monkeypatch, capsys, train_py, "--data", own / "novel.txt", "--length", 24,  # noqa: E731
+                                      "--out", own, "-n", 0, "--batch-size", 4, "--rates", 1, "--unroll", 1, *words)  # fmt: skip
+    before = (own / "rate1.npz").read_bytes()
+    code, _, err = call("--steps", 3)
+    assert code == 2 and "rate1.npz is there already: --resume keeps it" in err
+    code, _, err = call("--steps", 4, "--resume")
+    assert code == 2 and "steps is 3, now 4" in err
+    assert call("--steps", 3, "--resume")[0] == 0 and (own / "rate1.npz").read_bytes() == before
+    other = tmp_path / "base.npz"
+    model = load(own / "base.npz")
+    model.head.weight.data += 0.1
+    save(other, model)
+    code, _, err = call("--steps", 3, "--resume", "--init", other)
+    assert code == 2 and "is another base" in err
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    (mixed / "base.npz").write_bytes(other.read_bytes())
+    (mixed / "rate1.npz").write_bytes(before)
+    code, _, err = run_command(monkeypatch, capsys, sample_py, "--models", mixed)
+    assert code == 2 and "adapted from another base" in err
+    held = train_py.alone_in(own)
+    code, _, err = call("--steps", 3, "--resume")
+    assert code == 2 and "another run is training there" in err
+    held.close()
+
+
+def test_the_main_job(monkeypatch, capsys, tmp_path):
+    """`train.py` alone pretrains on Sudoku from nothing, adapts, and ends with a table whose last row is the truth."""
+    monkeypatch.setitem(train_py.DEFAULTS, "sudoku", dict(dim=16, depth=1, batch_size=4, pretrain=3, adapt=2, calls=[2, 3]))
+    code, out, err = run_command(monkeypatch, capsys, train_py, "--out", tmp_path, "-n", 4)
     rows = [line.split("|")[1:-1] for line in out.splitlines() if line.startswith("| ")]
-    table = [{k.strip(): v.strip() for k, v in zip(rows[0], row)} for row in rows[1:]]
-    assert code == 0, err
-    assert [(r["model"], r["calls"]) for r in table] == [("real, held out", ""), *[(m, c) for c in "23" for m in ("vanilla", "SCMDM rate 1")]]
-    for row in table:
-        assert float(row["gen. ppl"].split(" ± ")[0]) > 1 and "±" in row["gen. ppl"] and "±" in row["entropy"]
-    assert "signal switched off: validation NELBO" in out and "by time" in out and "tokens/s" in out and "ms/step" in out
+    names = [row[0].strip() for row in rows[2:]]
+    arms = ["base", "base, trained on", "SCMDM (the paper's)", "SCMDM unroll 16"]
+    assert code == 0 and names == ["real", *arms, *arms, "the truth"], err
+    assert rows[-1][2].strip() == "17.15" and max(map(len, out.splitlines())) <= 100
+    assert "sample.py --models" in out.splitlines()[-1]
+    one = (tmp_path / "results.csv").read_text()
+    assert run_command(monkeypatch, capsys, train_py, "--out", tmp_path, "-n", 4, "--resume")[0] == 0
+    assert (tmp_path / "results.csv").read_text() == one
 
 
-def test_several_training_seeds(own_model, tmp_path, monkeypatch, capsys):
-    """--seeds trains each arm once a seed, in a folder of its own, from the one base; the table's intervals are over these runs."""
-    seen = {}
-    monkeypatch.setattr(train_py, "draw_results", lambda results, path: seen.update(results) or "")
-    words = ["--data", own_model / "novel.txt", "--init", own_model / "base.npz", "--out", tmp_path, "--seeds", 2, "--seed", 5, "--steps", 2]
-    code, out, err = run_command(monkeypatch, capsys, train_py, *words, "-n", 4, "--eval-seeds", 3, "--eval-steps", 2)
-    assert code == 0 and "over 2 training seeds" in out and out.count("vanilla: validation") == 1, err
-    assert all(len(values) == 2 for values in seen.values())
-    one, two = (load(tmp_path / folder / "scmdm.npz") for folder in ("", "seed6"))
-    assert (one.info["seed"], two.info["seed"]) == (5, 6) and not torch.equal(one.head.weight, two.head.weight)
-    alone = tmp_path / "alone"
-    run_command(monkeypatch, capsys, train_py, *words[:4], "--out", alone, "--seed", 6, "--steps", 2, "--eval-seeds", 0)
-    assert torch.equal(load(alone / "scmdm.npz").head.weight, two.head.weight), "a seed's run depends on the others"
-
-
-def test_a_resumed_main_job_does_not_train_again(own_model, monkeypatch, capsys):
-    """--resume takes an arm that was finished as it is; what is measured is always what the file holds, so the results are the same."""
-    seen, validate = [], train_py.validate
-    monkeypatch.setattr(train_py, "validate", lambda model, *rest: (seen.append(model.head.weight.clone()), validate(model, *rest))[1])
-    words = ["--data", own_model / "novel.txt", "--out", own_model / "again", "--init", own_model / "base.npz", "--steps", 2, "--eval-seeds", 0]
-    assert "step 2/2" in run_command(monkeypatch, capsys, train_py, *words)[1]
-    assert (own_model / "again" / "base.npz").read_bytes() == (own_model / "base.npz").read_bytes(), "the base goes with its adaptation"
-    code, out, err = run_command(monkeypatch, capsys, train_py, *words, "--resume")
-    assert code == 0 and "step" not in out.replace("steps", ""), err
-    assert len(seen) == 6 and torch.equal(seen[1], seen[4]) and not torch.equal(seen[0], seen[1])
-    code, _, err = run_command(monkeypatch, capsys, train_py, *words, "--resume", "--lr", "0.5")
-    assert code == 2 and "--resume" in err
-
-
-@pytest.mark.parametrize("suffix", ["lines", "npy"])
-def test_own_sequences_end_to_end(tmp_path, monkeypatch, capsys, suffix):
-    """One sequence a line, or integers [N, L] in a .npy, are trained on and sampled too."""
-    if suffix == "npy":
-        path = tmp_path / "tokens.npy"
+@pytest.mark.parametrize("kind", ["lines", "rows", "stream"])
+def test_own_sequences(tmp_path, monkeypatch, capsys, kind):
+    """One sequence per line, rows of integers, or one stream of them with its vocabulary, are trained on and sampled too."""
+    path, prompt = tmp_path / "data.npy", "3 11 __ 4"
+    more = {"lines": ["--lines", "--length", 7], "rows": [], "stream": ["--length", 7, "--vocab", tmp_path / "words.txt"]}[kind]
+    if kind == "lines":
+        path, prompt = tmp_path / "data.txt", "he__o"
+        path.write_text("\n".join(["hello", "bee", "a", "seventh", "much too long"] * 9))
+    elif kind == "rows":
         np.save(path, np.random.default_rng(0).integers(0, 12, (40, 7)))
     else:
-        path = tmp_path / "words.txt"
-        path.write_text("\n".join(["hello", "bee", "a", "seventh"] * 9))
-    more = ["--lines"] if suffix == "lines" else []
-    code, out, err = run_command(monkeypatch, capsys, train_py, "--data", path, "--stage", "pretrain", "--out", tmp_path, *SMALL, *more)
-    assert code == 0, err
-    model = load(tmp_path / "base.npz")
-    assert (model.config.vocab_size, model.config.length) == ((12, 7) if suffix == "npy" else (len(set("hellobeeaseventh")) + 1, 8))
-    prompt = "3 11 __ 4" if suffix == "npy" else "he__o"
-    code, out, err = run_command(monkeypatch, capsys, sample_py, "--models", tmp_path, "--prompt", prompt, "--steps", 3, "-n", 70, "--watch")
-    assert code == 0 and ("3 11 " if suffix == "npy" else "he") in out and out.count(", call ") == 3, err
+        prompt = "w3 w11 __ w4"
+        np.save(path, np.random.default_rng(0).integers(0, 12, 400))
+        (tmp_path / "words.txt").write_text("\n".join(f"w{i}" for i in range(12)))
+    code, out, err = run_command(monkeypatch, capsys, train_py, "--data", path, "--stage", "pretrain", "--out", tmp_path, *more, *SMALL)
+    assert code == 0 and ("9 of 45 lines are longer than 7" in out) == (kind == "lines"), err
+    assert load(tmp_path / "base.npz").config.length == (8 if kind == "lines" else 7)
+    code, out, err = run_command(monkeypatch, capsys, sample_py, "--models", tmp_path, "--prompt", prompt, "--steps", 3, "-n", 70)
+    assert code == 0 and out.count(prompt.split("_")[0]) == 70, err
+    code, out, err = run_command(monkeypatch, capsys, sample_py, "--models", tmp_path, "--evaluate", "-n", 2, "--steps", 2)
+    assert code == 0 and "real" in out, err
+    path.unlink()
+    assert run_command(monkeypatch, capsys, sample_py, "--models", tmp_path, "--steps", 2)[0] == 0, "sampling needs no data"
+    assert "the data is no longer there" in run_command(monkeypatch, capsys, sample_py, "--models", tmp_path, "--evaluate")[2]
 
 
 TRAIN, SAMPLE = train_py, sample_py
@@ -1446,202 +1512,146 @@ TRAIN, SAMPLE = train_py, sample_py
 @pytest.mark.parametrize(
     "script, words, says",
     [
-        (TRAIN, ["--steps", "0"], "--steps is 0, expected"),
-        (TRAIN, ["--batch-size", "-1"], "--batch-size is -1"),
-        (TRAIN, ["--seeds", "0"], "--seeds is 0, expected"),
-        (TRAIN, ["--self-cond-rate", "1.5"], "--self-cond-rate is 1.5"),
-        (TRAIN, ["--self-cond-rate", "nan"], "--self-cond-rate is nan"),
-        (TRAIN, ["--lr", "0"], "--lr is 0"),
-        (TRAIN, ["--stage", "dance"], "argument --stage: invalid choice: 'dance'"),
-        (TRAIN, ["--data", "missing.txt"], "--data missing.txt: no such file"),
-        (TRAIN, ["--data", "{tmp}/empty.txt", "--stage", "pretrain"], "0 characters, expected at least"),
-        (TRAIN, ["--data", "{tmp}/short.txt", "--stage", "pretrain"], "5 characters, expected at least"),
-        (TRAIN, ["--data", "{tmp}/binary.txt"], "not UTF-8 text"),
-        (TRAIN, ["--data", "{tmp}/empty.txt", "--lines"], "0 lines that are not empty"),
-        (TRAIN, ["--data", "{tmp}/floats.npy"], "expected integers"),
-        (TRAIN, ["--data", "{tmp}/negative.npy"], "tokens -1 to -1, expected 0 to"),
-        (TRAIN, ["--data", "{tmp}/huge.npy"], "tokens 1000000000000 to 1000000000000, expected 0 to"),
-        (TRAIN, ["--data", "{tmp}/bad.npy"], "not an .npy file"),
-        (TRAIN, ["--data", "{tmp}/zipped.npy"], "an .npz, expected an .npy"),
-        (TRAIN, ["--data", "{tmp}/few.npy"], "int64 (3, 4), expected integers [N >= 20, L]"),
-        (TRAIN, ["--data", "text", "--lines"], "--lines with --data text"),
-        (TRAIN, ["--stage", "pretrain", "--self-cond-rate", "0.5"], "--self-cond-rate with --stage pretrain"),
-        (TRAIN, ["--arms", "all", "--self-cond-rate", "0.5"], "expected one of the two"),
-        (TRAIN, ["--data", "{own}/novel.txt", "--init", "{own}/base.npz", "--out", "{mixed}"], "is another base"),
-        (TRAIN, ["--init", "missing.npz"], "missing.npz: No such file"),
-        (TRAIN, ["--init", "{own}/base.npz"], "base.npz: of other tokens than --data text"),
-        (TRAIN, ["--data", "{own}/novel.txt", "--init", "{own}/scmdm.npz"], "scmdm.npz: a model of stage adapt, expected a base"),
-        (TRAIN, ["--data", "{own}/novel.txt", "--out", "{tmp}"], "no base to adapt"),
+        (TRAIN, ["--steps", "0"], "argument --steps: 0 is not between 1 and inf"),
+        (TRAIN, ["--rates", "1.5"], "argument --rates: 1.5 is not between 0 and 1"),
+        (TRAIN, ["--stage", "pretrain", "--seeds", "2"], "--seeds has no effect with --stage pretrain"),
+        (TRAIN, ["--dim", "8"], "--dim has no effect with --stage adapt"),
         (TRAIN, ["--stage", "pretrain", "--dim", "30"], "Config.dim is 30"),
-        (TRAIN, ["--out", "{tmp}/empty.txt"], "empty.txt"),
-        (SAMPLE, ["--steps", "0"], "--steps is 0, expected"),
-        (SAMPLE, ["--temperature", "-1"], "--temperature is -1"),
-        (SAMPLE, ["--top-p", "0"], "--top-p is 0"),
-        (SAMPLE, ["-n", "0"], "-n is 0"),
-        (SAMPLE, ["-n", "1", "--evaluate"], "-n is 1, expected 2 or more to evaluate"),
-        (SAMPLE, ["--models", "{own}", "--data", "molecules"], "--data is molecules, but the models in"),
-        (SAMPLE, ["--device", "cpu:"], "--device is 'cpu:'"),
-        (SAMPLE, ["--seed", "-1"], "--seed is -1"),
-        (SAMPLE, ["--data", "nothing"], "--data is 'nothing', expected one of"),
-        (SAMPLE, ["--models", "{tmp}/nowhere"], "no such folder"),
-        (SAMPLE, ["--models", "{tmp}"], "no base.npz or scmdm.npz"),
+        (TRAIN, ["--data", "missing.txt"], "--data missing.txt: no such file"),
+        (TRAIN, ["--data", "{tmp}/empty.txt"], "0 tokens, expected at least"),
+        (TRAIN, ["--data", "{tmp}/binary.txt"], "not UTF-8"),
+        (TRAIN, ["--data", "{tmp}/floats.npy"], "expected integers"),
+        (TRAIN, ["--data", "text", "--lines"], "for a file of your own"),
+        (TRAIN, ["--init", "missing.npz"], "missing.npz: No such file"),
+        (TRAIN, ["--init", "{own}/base.npz"], "base.npz: a base of other tokens than sudoku"),
+        (TRAIN, ["--data", "{own}/novel.txt", "--length", "24", "--init", "{own}/rate1.npz"], "not a base"),
+        (SAMPLE, ["--models", "{tmp}/nowhere"], "no base.npz there"),
+        (SAMPLE, ["--models", "{own}", "--data", "dna"], "models of novel, expected dna"),
+        (SAMPLE, ["--models", "{own}", "--model", "rate7"], "no rate7.npz there"),
         (SAMPLE, ["--models", "{own}", "--prompt", "Zoë"], "--prompt has 'Z', which the model has never seen"),
-        (SAMPLE, ["--models", "{own}", "--prompt", "_" * 129], "--prompt has 129 tokens, expected at most 128"),
+        (SAMPLE, ["--models", "{own}", "--prompt", "_" * 25], "--prompt has 25 tokens, expected at most 24"),
+        (SAMPLE, ["--models", "{own}", "--temperature", "-1"], "temperature is -1"),
+        (SAMPLE, ["--models", "{own}", "--device", "tpu"], "--device tpu: there is none"),
         (SAMPLE, ["--models", "{broken}"], "base.npz: not a model file"),
-        (SAMPLE, ["--models", "{mixed}"], "a model of other tokens"),
-        (SAMPLE, ["--models", "{own}", "--device", "tpu"], "--device is 'tpu'"),
-        (SAMPLE, ["--models", "{own}", "--steps", "2", "3"], "expected one number without --evaluate"),
-        pytest.param(SAMPLE, ["--device", "cuda"], "--device cuda: there is none", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")),
     ],
     ids=lambda v: " ".join(v)[:50] if isinstance(v, list) else "",
 )
-def test_bad_input_gets_one_line(own_model, tmp_path, monkeypatch, capsys, script, words, says):
-    """Bad input gets exit status 2 and one line that names it; no traceback."""
+def test_bad_input(own, tmp_path, monkeypatch, capsys, script, words, says):
+    """Bad input gets exit status 2, a line that names it, and no traceback."""
     (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "short.txt").write_text("hello")
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 20)
-    (tmp_path / "bad.npy").write_text("hello")
     np.save(tmp_path / "floats.npy", np.zeros((30, 4)))
-    np.save(tmp_path / "few.npy", np.zeros((3, 4), dtype=int))
-    np.save(tmp_path / "negative.npy", np.full((30, 4), -1))
-    np.save(tmp_path / "huge.npy", np.full((30, 4), 10**12))
-    np.savez(tmp_path / "z.npz", np.zeros((30, 4), dtype=int))
-    (tmp_path / "z.npz").rename(tmp_path / "zipped.npy")
-    broken, mixed = tmp_path / "broken", tmp_path / "mixed"
-    broken.mkdir(), mixed.mkdir()
-    (broken / "base.npz").write_bytes((own_model / "base.npz").read_bytes()[:-200])
-    save(mixed / "base.npz", tiny(), data="x", vocab=list("abcde"), length=6, end=None)
-    (mixed / "scmdm.npz").write_bytes((own_model / "scmdm.npz").read_bytes())
-    places = dict(tmp=tmp_path, own=own_model, broken=broken, mixed=mixed)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "base.npz").write_bytes((own / "base.npz").read_bytes()[:-200])
     monkeypatch.chdir(tmp_path)
+    places = dict(tmp=tmp_path, own=own, broken=tmp_path / "broken")
     code, _, err = run_command(monkeypatch, capsys, script, *(word.format(**places) for word in words))
-    assert code == 2 and says in err and err.count("\n") == 1 and "Traceback" not in err, err
+    assert code == 2 and says in err and "Traceback" not in err, err
 
 
-def test_scripts_run_as_commands(own_model):
-    """The scripts run from a shell, in another folder, on a machine with or without a GPU; --help is a page."""
+def test_scripts_run_as_commands(own):
+    """From a shell: --help is a page, an ASCII terminal and `| head` do no harm, ^C says how to go on."""
     here = Path(__file__).parent
-    done = subprocess.run([sys.executable, here / "sample.py", "--models", own_model, "--steps", "0"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "sample.py: --steps is 0, expected 1 or more\n"
     done = subprocess.run([sys.executable, here / "train.py", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "--self-cond-rate" in done.stdout
-    assert sample_py.pick_device("auto").type in ("cpu", "cuda", "mps") and sample_py.pick_device("cpu").type == "cpu"
+    assert done.returncode == 0 and "--rates" in done.stdout
+    command = f"PYTHONIOENCODING=ascii {sys.executable} {here}/sample.py --models {own} --steps 2 --watch -n 200 | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "Error" not in done.stderr
+    words = [sys.executable, here / "train.py", "--out", own / "stopped", "--device", "cpu"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not list((own / "stopped").glob(".lock")):
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130 and err.rstrip().endswith("--resume") and "Traceback" not in err, err
 
 
-def test_two_processes(own_model, tmp_path):
-    """torchrun over two processes trains one model: with the batch split between them, and the mean of their gradients."""
-    here = Path(__file__).parent
-    words = ["--data", own_model / "novel.txt", "--stage", "pretrain", "--out", tmp_path, "--device", "cpu", *SMALL]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launch, here / "train.py", *map(str, words)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("saved") == 1 and torch.isfinite(load(tmp_path / "base.npz").head.weight).all()
+def test_sudoku_is_exactly_uniform():
+    """There are 39,168 grids with the first row 1 to 6; a tenth of them is held out, with all relabellings."""
+    grids = sudoku.enumerate_grids()
+    assert grids.shape == (39168, 36) and len(np.unique(grids, axis=0)) == 39168 and not sudoku.wrong(grids).any()
+    assert math.exp(data.get("sudoku").entropy) == pytest.approx(39168 * math.factorial(6))
+    train, val = sudoku.load()
+    first = lambda rows: {bytes(x) for x in np.argsort(rows[:, :6], 1)[np.arange(len(rows))[:, None], rows].astype(np.uint8)}  # noqa: E731
+    assert first(train[:20000]) <= {bytes(x) for x in grids} and not first(train) & first(val)
+    assert not sudoku.wrong(train[:1000]).any()
+    counts = np.unique(train[:, :6], axis=0, return_counts=True)[1]
+    assert_fits(counts, np.full(720, 1 / 720))
+    broken = train[:1].copy()
+    broken[0, 0] = broken[0, 1]
+    assert sudoku.wrong(broken)[0, :2].all() and sudoku.score(broken, None)["valid"] == 0
 
 
 def test_measures():
-    """Entropy is that of each sequence's tokens; distinct-4 the share of different 4-grams; the judge scores by the chain rule, from the mask as the start."""
+    """Entropy is of each sequence's tokens; distinct-4 the share of different 4-grams; an interval is Student's; a judge
+    scores by the chain rule, from the mask as the start."""
     x = np.array([[0, 0, 0, 0, 0, 0], [0, 1, 0, 1, 0, 1]])
-    assert sample_py.unigram_entropy(x) == pytest.approx(math.log(2) / 2)
-    assert sample_py.distinct(x) == pytest.approx(3 / 6)  # 0000, 0101, 1010
+    assert measures.unigram_entropy(x) == pytest.approx(math.log(2) / 2)
+    assert measures.distinct(x) == pytest.approx(3 / 6)  # 0000, 0101, 1010
+    assert measures.mean_interval([2.0, 4.0]) == "3.000 ± 12.710" and measures.mean_interval([123.4]) == "123.4"
+    assert measures.paired([1, 2, 3], [0, 0, 0]) == pytest.approx((2, 4.30 / math.sqrt(3)))
+    rows = np.random.default_rng(0).standard_normal((500, 3))
+    assert measures.frechet(rows, rows) == pytest.approx(0, abs=1e-9)
+    assert measures.frechet(rows, rows + 2) == pytest.approx(12)
+    assert measures.jensen_shannon(np.array([1.0, 0]), np.array([0, 1.0])) == 1
     judge = tiny(causal=True)
     tokens = torch.randint(5, (3, 6), generator=rng(0))
     shifted = np.concatenate((np.full((3, 1), 5), tokens.numpy()[:, :-1]), 1)
-    logp = np.log(np_softmax(np_forward(numpy_weights(judge), 2, shifted, causal=True)))
+    logp = np.log(golden.softmax(golden.forward(numpy_weights(judge), 2, shifted, causal=True)))
     expected = -np.take_along_axis(logp, tokens.numpy()[..., None], -1)[..., 0].sum(1)
     assert np.allclose(sample_py.judge_nll(judge, tokens).detach().numpy(), expected, atol=1e-4)
-    assert sample_py.mean_interval([2.0, 4.0]) == "3.000 ± 12.710" and sample_py.mean_interval([123.4]) == "123.4"
 
 
-def test_frames_show_what_is_decoded():
-    """A sequence is shown up to its end token; a masked position shows its guess, marked; a line is never wider than asked."""
-    domain, E, M = data.get("molecules"), data.get("molecules").vocab.index("<end>"), len(data.get("molecules").vocab)
+def test_predictive_entropy_is_of_what_was_drawn():
+    """generate() gives the mean entropy of the distributions that tokens were drawn from, temperature included."""
+    logits = torch.tensor([0.0, 1.0, 2.0])
+    for temperature in (1.0, 0.5):
+        x, entropy, _ = sample_py.generate(lambda xt, _: logits.expand(*xt.shape, 3), torch.full((5, 4), 3), 3, 6, 0, temperature=temperature, batch=2)
+        p = (logits / temperature).softmax(-1)
+        assert x.max() < 3 and entropy == pytest.approx(-(p * p.log()).sum().item(), rel=1e-5)
+
+
+def test_frames_show_what_is_decoded(monkeypatch):
+    """A sequence is shown up to its end; a masked position as its guess, marked; wide characters take two columns."""
+    domain = data.get("molecules")
+    E, M = domain.index["<end>"], len(domain.vocab)
     c, n = domain.encode("CN")
-    frame = lambda x, guess, width=6: sample_py.draw_frame(domain, torch.tensor(x), torch.tensor(guess), M, width, False)  # noqa: E731
+    frame = lambda x, guess, width=6, of=domain: terminal.draw_frame(of, np.array(x), np.array(guess), width)  # noqa: E731
     assert frame([c, c, E, n, E], [0] * 5) == ["CC    "] and frame([E], [0]) == [" " * 6]
     assert frame([c, M, M, n, E], [0, n, E, 0, 0]) == ["C··N  "]
     assert frame([c] * 7, [0] * 7, 3) == ["CCC", "CCC", "C  "]
-    black = torch.zeros(196, dtype=torch.long)
-    image = sample_py.draw_frame(data.get("images"), black, black, 16, 56, False)
-    assert image == [" " * 56] * 14
-
-
-def test_generation_makes_the_calls_it_says():
-    """generate() fills any canvas in batches, makes `steps` calls a batch, and measures the time within the denoiser."""
-    calls = []
-    denoiser = lambda xt, p: (calls.append((len(xt), p is None)), toy(3)(xt, p))[1]  # noqa: E731
-    x, seconds, inside = sample_py.generate(denoiser, torch.full((5, 4), 3), 3, 3, 0, batch=2)
-    assert x.shape == (5, 4) and x.max() < 3 and 0 < inside < seconds
-    assert calls == [(n, k == 0) for n in (2, 2, 1) for k in range(3)], "the signal is dropped at each new batch"
-
-
-def test_held_out_data_is_of_all_its_parts():
-    """What is measured on held-out data is spread over all of it: the reference and the row of real data are not one half each."""
-    stream = np.arange(100 * 7)  # 100 windows that go from the first of four species to the last
-    assert (sample_py.windows(stream, 7) == stream.reshape(100, 7)).all()
-    assert (sample_py.windows(stream, 7, 1000) == stream.reshape(100, 7)).all()
-    some = sample_py.windows(stream, 7, 12)
-    assert some.shape == (12, 7) and set(np.diff(some[:, 0]) // 7) == {9} and some[0, 0] == 0 and some[-1, -1] == 699
-    domain = types.SimpleNamespace(vocab="abcd", score=lambda x, reference: {"bias": abs(x.mean() - reference.mean())})
-    val = np.repeat(np.arange(4), 200)[:, None].repeat(6, 1)
-    real = sample_py.evaluate({}, domain, val, None, 200, [4], range(2), torch.device("cpu"))["real, held out", ""]
-    assert len(real) == 2 and max(row["bias"] for row in real) < 5 * math.sqrt(1.25 * (1 / 200 + 1 / 400)), "4 species, variance 1.25"
-    seen = []  # the rows of real data of several seeds have no window in common; where there are too few, the table says so
-    domain.score = lambda x, reference: seen.append(x[:, 0].tolist()) or {}
-    for n, label in ((100, "real, held out"), (150, "real, held out (133 each)")):
-        assert [*sample_py.evaluate({}, domain, np.arange(800)[:, None], None, n, [4], range(3), torch.device("cpu"))] == [(label, "")]
-        assert len(set(sum(seen, []))) == sum(map(len, seen)) == 3 * min(n, 133)
-        seen.clear()
-
-
-def test_validation_is_the_nelbo():
-    """validate() is the mean of diffusion_loss over times spread evenly: for a uniform model log V a token, at all times alike."""
-    class Uniform(torch.nn.Module):
-        mask_id = 5
-        def __init__(self):
-            super().__init__()
-            self.zero = torch.nn.Parameter(torch.zeros(5))
-        def forward(self, xt, x0_prev=None):
-            return self.zero.expand(*xt.shape, 5)
-
-    val = np.random.default_rng(0).integers(0, 5, (4000, 20))
-    for rate in (0.0, 1.0):
-        nelbo, by_time = train_py.validate(Uniform(), val, rate)
-        assert nelbo == pytest.approx(math.log(5), rel=0.05) and np.mean(by_time) == pytest.approx(nelbo, rel=1e-3)
-        assert by_time[1:] == pytest.approx([math.log(5)] * 9, rel=0.1)
+    chinese = data.Domain("c", ["你", "\t"], 3)
+    assert frame([0, 1, 0], [0] * 3, 6, chinese) == ["你 你 "]
 
 
 @pytest.mark.parametrize("name", data.NAMES)
 def test_domains(name):
-    """Every domain loads its data as tokens of its vocabulary, held-out data apart, and decode undoes encode."""
+    """Every domain loads tokens of its vocabulary, held-out data apart; decode undoes encode; real data has a finite score."""
     domain = data.get(name)
     train, val = domain.load()
     assert train.dtype.kind in "iu" and len(val) < len(train) and train.ndim == val.ndim
-    assert train.max() < len(domain.vocab) and val.max() < len(domain.vocab) and train.min() >= 0
-    rows = sample_py.windows(val, domain.length)[:20]
+    assert max(train.max(), val.max()) < len(domain.vocab)
+    rows = data.windows(val, domain.length)[:20]
     assert rows.shape == (20, domain.length)
     for row in rows:
         string = domain.decode(row.tolist())
         tokens = domain.encode(string)
-        assert tokens == row[: len(tokens)].tolist() and domain.decode(tokens) == string
-        assert (row[len(tokens) :] == row[-1]).all(), "what decode leaves out is padding"
-    score = domain.score(rows[:10], rows[10:])
-    assert score and all(math.isfinite(v) for v in score.values())
-    with pytest.raises(KeyError):
-        domain.encode("\x00")
+        assert tokens == row[: len(tokens)].tolist() and (row[len(tokens) :] == row[-1]).all()
+    assert all(math.isfinite(v) for v in domain.score(rows[:10], rows[10:]).values())
 
 
 @pytest.mark.parametrize("name", data.NAMES)
 def test_shipped_models(name):
-    """A domain ships a base and its adaptation, of its own tokens, whose bound beats guessing; the signal helps the adapted one."""
-    domain = data.get(name)
-    val = sample_py.windows(domain.load()[1], domain.length, 32768 // domain.length)
-    base, adapted = (load(sample_py.SHIPPED / name / f"{kind}.npz") for kind in ("base", "scmdm"))
-    assert base.info["vocab"] == adapted.info["vocab"] == domain.vocab
-    assert not base.config.self_conditioning and adapted.config.self_conditioning
-    vanilla, off, on = (train_py.validate(m, val, rate)[0] for m, rate in ((base, 0.0), (adapted, 0.0), (adapted, 1.0)))
-    assert on < off and max(on, vanilla) < math.log(len(domain.vocab))
+    """Every domain ships a base and its adaptations, of its own tokens; each is better than guessing."""
+    domain, files = data.get(name), sample_py.models_in(sample_py.SHIPPED / name)
+    models = sample_py.load_models(files, domain, torch.device("cpu"))
+    assert len(models) >= 3 and any(model.config.self_conditioning for model in models.values())
+    rows = torch.from_numpy(data.windows(domain.load()[1], domain.length, 16).astype(np.int64))
+    for model in models.values():
+        assert diffusion_loss(model, rows, model.mask_id, generator=rng(0)).mean() < domain.length * math.log(len(domain.vocab))
 
 
 if __name__ == "__main__":
-    np.savez(GOLDEN, **make_golden())
-    print(f"wrote {GOLDEN}")
+    np.savez(golden.GOLDEN, **make_golden())
+    print(f"wrote {golden.GOLDEN}")

@@ -1,132 +1,113 @@
-"""Train: pretrain a base, adapt it with self-conditioning (the main job), or train the judge.
+"""Train: the optimisation, and nothing else. The method is in scmdm.py, the measures are in data/measures.py.
 
-    python train.py                          adapt the shipped text model, print vanilla against SCMDM
-    python train.py --stage pretrain         the vanilla masked diffusion model everything starts from
-    python train.py --stage judge            an autoregressive model, for generative perplexity
-    torchrun --nproc_per_node=8 train.py     any of these, over several GPUs or processes
+    python train.py                       Sudoku from nothing: pretrain a base, adapt it, compare. Ten minutes on two cores
+    python train.py --data text           adapt the text model that lies in data/models/, and compare
+    python train.py --stage pretrain      only the vanilla masked diffusion model that everything starts from
+    python train.py --stage judge         an autoregressive model, which generative perplexity needs
+    torchrun --nproc_per_node=8 train.py  any of these over several GPUs or processes: the same batches, the same model
 
-This file is optimisation and nothing else: the method is in scmdm.py, the measures in sample.py.
+Everything a run makes lies in one folder, --out: base.npz, and for each arm one file that says its rate. --resume
+goes on with what is there. sample.py --models OUT samples from it.
 """
 
 import argparse
-import atexit
 import copy
 import math
 import os
 import shlex
-import shutil
-import signal
-import statistics
 import sys
 import time
 import zlib
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import data
-from sample import (
-    clock,
-    draw_results,
-    evaluate,
-    fail,
-    find_model,
-    judge_nll,
-    load_judge,
-    mean_interval,
-    pick_device,
-    print_table,
-    run,
-    status,
-    table_of,
-    windows,
-)
-from scmdm import (
-    Config,
-    Transformer,
-    add_self_conditioning,
-    diffusion_loss,
-    load,
-    load_arrays,
-    save,
-    save_arrays,
-)
+import scmdm
+from data import results, windows
+from sample import Progress, clock, evaluate, fail, find_model, judge_nll, load_models, models_in, pick_device, report, run, show
+from scmdm import Config, Transformer, add_self_conditioning, diffusion_loss, load, masked_nll, save, without_mask
 
-# What each stage does by default, and why.
-STEPS = {
-    "pretrain": 12000,  # text: an hour on two cores; the validation bound still falls slowly at its end
-    "adapt": 1000,  # the main job, with its table, in under ten minutes on two cores
-    "judge": 4000,  # a causal model learns from every position at once, and needs fewer
+# How each domain is trained by default; a file of your own is trained like text. Every flag below overrides.
+DEFAULTS = {
+    # width, blocks, sequences per step, steps of pretraining and of adaptation, denoiser calls in the table
+    "sudoku": dict(dim=64, depth=3, batch_size=32, pretrain=4000, adapt=1500, calls=[36, 144]),
+    "text": dict(dim=128, depth=4, batch_size=32, pretrain=12000, adapt=1000, calls=[64, 128]),
+    "molecules": dict(dim=128, depth=4, batch_size=128, pretrain=8000, adapt=1000, calls=[32]),
+    "images": dict(dim=128, depth=4, batch_size=32, pretrain=4000, adapt=750, calls=[64]),
+    "dna": dict(dim=128, depth=4, batch_size=32, pretrain=3000, adapt=1000, calls=[64]),
 }
-LR = {
+JUDGE_STEPS = 4000  # a causal model learns from every position at once, and needs fewer
+STATE_EVERY = 60  # seconds: kill -9 loses at most so much
+LR = {  # peak learning rates
     "pretrain": 2e-3,  # small models like large steps
-    "adapt": 1e-3,  # lower: the base is already good, and the new matrix starts at zero
     "judge": 2e-3,
-}
-ARMS = {  # name of the row: (self-conditioning rate, None for the base as it is; file)
-    "vanilla": (None, "base"),
-    "vanilla, trained on": (0.0, "continued"),
-    "SCMDM rate 0.5": (0.5, "partial"),
-    "SCMDM rate 1": (1.0, "scmdm"),
+    "adapt": 2e-3,  # the new matrix starts at zero and has far to go
+    "control": 5e-4,  # training on without a signal: what is large for the base undoes it
 }
 
 
 def parse():
+    def number(kind, low, high=math.inf):  # a range that argparse itself checks
+        def check(text):
+            if not low <= (value := kind(text)) <= high:
+                raise argparse.ArgumentTypeError(f"{value} is not between {low} and {high}")
+            return value
+
+        return check
+
+    positive, rate = number(int, 1), number(float, 0, 1)
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = fail
     a = p.add_argument
-    a("--stage", choices=STEPS, default="adapt", help="what to train (default: adapt)")
-    a("--data", default="text", help=f"one of {', '.join(data.NAMES)}, or a file: UTF-8 text, or .npy [N, L]")
-    a("--lines", action="store_true", help="the file is one sequence a line, not one long text")
-    a("--arms", choices=("two", "all"), default="two", help="adapt: rate 1 alone, or also the controls (default: two)")
-    a("--self-cond-rate", type=float, help="adapt: train this rate alone; 1 is the method, 0 is the control")
-    a("--steps", type=int, help=f"optimiser steps (default: {', '.join(f'{v} to {k}' for k, v in STEPS.items())})")
-    a("--batch-size", type=int, default=32, help="sequences a step, over all processes (default: 32)")
-    a("--lr", type=float, help="peak learning rate (default: %s)" % ", ".join(f"{v:g} to {k}" for k, v in LR.items()))
-    a("--weight-decay", type=float, default=0.05, help="of the matrices; for small data (default: 0.05)")
-    a("--dim", type=int, default=128, help="pretrain, judge: width of the model (default: 128)")
-    a("--depth", type=int, default=4, help="pretrain, judge: blocks (default: 4)")
-    a("--heads", type=int, default=4, help="pretrain, judge: attention heads (default: 4)")
-    a("--seed", type=int, default=0, help="of weights, batches and noise (default: 0)")
-    a("--seeds", type=int, default=1, help="adapt: train with so many seeds, from --seed on, for one table (default: 1)")
+    a("--stage", choices=("pretrain", "adapt", "judge"), default="adapt", help="adapt, the default, pretrains a base where there is none")
+    a("--data", default="sudoku", help=f"{', '.join(data.NAMES)}, or your own file: UTF-8 text, or integers in a .npy")
+    a("--lines", action="store_true", help="your file is one sequence per line, not one long text")
+    a("--length", type=positive, help="your file: the window, or the longest line that is kept (default: 128)")
+    a("--vocab", help="your .npy: a file with one token per line, to print samples as text")
+    a("--out", help="folder of the trained models (default: runs/NAME)")
+    a("--resume", action="store_true", help="go on with what is in OUT: finished models are kept, an interrupted one goes on")
+    a("--init", help="adapt: the base to start from (default: OUT/base.npz, else the one in data/models/)")
+    a("--rates", type=rate, nargs="+", metavar="RATE", help="adapt: train one arm for each rate of self-conditioning (default: 0 1);"
+      " pretrain: one rate above 0 trains a self-conditioned model from scratch")  # fmt: skip
+    a("--unroll", type=positive, nargs="+", metavar="K", help="most passes that make the signal; 1 is the paper's recipe (default: 1 16)")
+    a("--long-control", action="store_true", help="adapt: train rate 0 for as much time as the largest K too")
+    a("--steps", type=positive, help="optimiser steps")
+    a("--batch-size", type=positive, help="sequences per step, over all processes")
+    a("--lr", type=number(float, 1e-9), help=f"peak learning rate (default: {', '.join(f'{v:g} to {k}' for k, v in LR.items())})")
+    a("--weight-decay", type=number(float, 0), default=0.05, help="of the matrices; for small data (default: 0.05)")
+    a("--dim", type=positive, help="pretrain, judge: width of the model")
+    a("--depth", type=positive, help="pretrain, judge: blocks")
+    a("--heads", type=positive, help="pretrain, judge: attention heads (default: 4)")
+    a("--seed", type=number(int, 0, 2**31 - 1), default=0, help="of weights, batches and noise (default: 0)")
+    a("--seeds", type=positive, help="adapt: train each arm with so many seeds, from --seed on (default: 1)")
     a("--device", default="auto", help="auto, cpu, cuda or mps (default: auto, the fastest there is)")
     a("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrix products (default: float32)")
     a("--compile", action="store_true", help="torch.compile: a minute to start, a fifth faster; needs a C++ compiler")
-    a("--init", help="adapt: the base to start from (default: OUT/base.npz, else the one shipped in data/)")
-    a("--out", help="folder of the trained models (default: runs/NAME)")
-    a("--resume", action="store_true", help="go on from the state that an interrupted run left in OUT")
-    a("-n", type=int, default=32, help="adapt: sequences a seed in the table (default: 32)")
-    a("--eval-seeds", type=int, default=3, help="adapt: sampling seeds in the table; 0 for no table (default: 3)")
-    a("--eval-steps", type=int, nargs="+", default=[16, 64, 128], help="adapt: denoiser calls (default: 16 64 128)")
+    a("-n", type=number(int, 0), help="adapt: sequences in the table, for each seed; 0 for no table (default: 256)")
+    a("--eval-steps", type=positive, nargs="+", help="adapt: denoiser calls in the table")
     args = p.parse_args()
-    args.steps = STEPS[args.stage] if args.steps is None else args.steps
-    args.lr = LR[args.stage] if args.lr is None else args.lr
-    for flag in ("--steps", "--batch-size", "-n", "--dim", "--depth", "--heads", "--seeds"):
-        value = getattr(args, flag.strip("-").replace("-", "_"))
-        if value < 1:
-            fail(f"{flag} is {value}, expected 1 or more")
-    args.eval_steps = sorted(set(args.eval_steps))
-    if min(args.eval_steps) < 1:
-        fail(f"--eval-steps is {min(args.eval_steps)}, expected 1 or more")
-    if not 0 < args.lr < math.inf:
-        fail(f"--lr is {args.lr}, expected more than 0")
-    if not 0 <= args.weight_decay < math.inf:
-        fail(f"--weight-decay is {args.weight_decay}, expected 0 or more")
-    if not 0 <= args.seed < 2**31:
-        fail(f"--seed is {args.seed}, expected 0 to 2**31 - 1")
-    if args.eval_seeds < 0:
-        fail(f"--eval-seeds is {args.eval_seeds}, expected 0 or more")
-    adapting = {"--self-cond-rate": args.self_cond_rate, "--init": args.init, "--seeds": args.seeds > 1, "--arms": args.arms == "all"}
-    for flag, given in adapting.items():
-        if given not in (None, False) and args.stage != "adapt":
-            fail(f"{flag} with --stage {args.stage}: it is for --stage adapt")
-    if args.self_cond_rate is not None and args.arms == "all":
-        fail("--self-cond-rate with --arms all: expected one of the two")
-    if args.self_cond_rate is not None and not 0 <= args.self_cond_rate <= 1:
-        fail(f"--self-cond-rate is {args.self_cond_rate}, expected a number from 0 to 1")
+    given = {flag for flag in vars(args) if getattr(args, flag) not in (None, False)}
+    without_effect = {
+        "pretrain": {"init", "long_control", "seeds", "n", "eval_steps"},
+        "judge": {"init", "rates", "unroll", "long_control", "seeds", "n", "eval_steps"},
+        "adapt": {"dim", "depth", "heads"},
+    }
+    for flag in sorted(given & without_effect[args.stage]):
+        p.error(f"--{flag.replace('_', '-')} has no effect with --stage {args.stage}")
+    if args.stage == "pretrain" and len(args.rates or []) + len(args.unroll or []) > 2:
+        p.error("--stage pretrain trains one model: expected one of --rates and of --unroll")
+    default = DEFAULTS.get(args.data, DEFAULTS["text"])
+    args.calls = sorted(set(args.eval_steps or default["calls"]))
+    args.n = 256 if args.n is None else args.n
+    args.seeds = args.seeds or 1
+    args.heads = args.heads or 4
+    for name in ("dim", "depth", "batch_size"):
+        setattr(args, name, getattr(args, name) or default[name])
+    args.pretrain_steps = args.steps if args.stage == "pretrain" and args.steps else default["pretrain"]
+    args.adapt_steps = args.steps or default["adapt"]
     return args
 
 
@@ -150,155 +131,133 @@ def batch_of(train, length, size, generator):
     return torch.from_numpy(rows.astype(np.int64))
 
 
-def state_arrays(parameters, averages, optimiser):
-    """What a state file holds of a run, a plain .npz too: for each parameter its value, average and Adam's two moments."""
-    arrays = {}
-    for (n, p), e in zip(parameters.items(), averages):
-        arrays |= {f"value/{n}": p.data, f"average/{n}": e}
-        arrays |= {f"{k}/{n}": optimiser.state[p][k] for k in ("exp_avg", "exp_avg_sq")}
-    return arrays
+def diffusion_at(rate, unroll=1):
+    """The loss of one arm: (model, x0 [b, L], generator) -> [b] nats per sequence.
+
+    Several processes share one batch of B = b * world. Each draws the noise of the whole batch and keeps its own
+    rows, so that any number of processes trains the same model; the times are spread over the whole batch.
+    """
+    rank, world = processes()
+
+    def own_rows(shape, device, generator=None):
+        if shape == (1,):  # one draw for the whole batch
+            return draw(shape, device, generator)
+        return draw((shape[0] * world, *shape[1:]), device, generator)[rank::world]
+
+    draw = scmdm.uniform
+
+    def loss_of(model, x0, generator):
+        B, mask_id = len(x0) * world, model.mask_id
+        try:
+            scmdm.uniform = own_rows
+            u = draw((1,), x0.device, generator)
+            t = (u + torch.arange(rank, B, world, device=x0.device, dtype=u.dtype) / B) % 1  # [b]
+            return diffusion_loss(model, x0, mask_id, self_cond_rate=rate, unroll=unroll, generator=generator, t=t)
+        finally:
+            scmdm.uniform = draw
+
+    return loss_of
 
 
-def save_state(path, step, run, *of):
-    arrays = {name: tensor.cpu().numpy() for name, tensor in state_arrays(*of).items()}
-    save_arrays(path, arrays, {"step": step, "run": run})
+def optimise(model, loss_of, train, args, steps, lr, seed, state, what):
+    """Minimise loss_of(model, x0 [b, L], generator) -> [b] nats per sequence. Returns the model's moving average.
+
+    AdamW, warm-up and cosine decay, gradient clipping. The randomness of step k is a function of (seed, k) alone,
+    so that a resumed run is equal to one that was never stopped. `state`: the file in which the run is kept once
+    a minute; `what` {name: value}: what a run must have in common with the one it resumes (lr need not).
+    """
+    rank, world = processes()
+    device, length = next(model.parameters()).device, model.config.length
+    parameters = list(model.parameters())
+    average = copy.deepcopy(model).requires_grad_(False)
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    optimiser = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=lr,
+        betas=(0.9, 0.98),  # a short memory of squared gradients: the 1/t weight makes them uneven
+    )
+    whole = {"model": model, "average": average, "optimiser": optimiser}
+    first = load_state(state, what, whole) if args.resume and state.exists() else 0
+    if args.compile:
+        model.compile()
+    denoiser = model
+    if world > 1:  # at rate 0 the matrix W gets no gradient, at which DDP would stop
+        denoiser = DistributedDataParallel(model, find_unused_parameters=True)
+        denoiser.config, denoiser.mask_id = model.config, model.mask_id
+    batches, noise = torch.Generator(), torch.Generator(device)  # batches are always drawn on the CPU
+    warmup = max(1, min(steps // 20, 200))
+    progress, running, saved = Progress(state.stem, steps, first), None, time.time()
+
+    for step in range(first, steps):
+        for kind, g in enumerate((batches, noise)):
+            g.manual_seed(int(np.random.SeedSequence((seed, kind, step)).generate_state(1)[0]))
+
+        # 1. Batch: all processes draw the same, each takes its rows.
+        x0 = batch_of(train, length, args.batch_size, batches)[rank::world].to(device)  # [b, L]
+
+        # 2. Loss, in nats per token.
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            loss = loss_of(denoiser, x0, noise).mean() / length
+
+        # 3. Backward. With several processes DDP takes the mean of their gradients here.
+        optimiser.zero_grad()
+        loss.backward()
+
+        # 4. Clip. A norm that is not finite stops the run before anything has been changed.
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        if not torch.isfinite(norm):
+            raise ValueError(
+                f"{state.stem}: stopped at step {step}, loss {loss.item()}; --resume with a lower --lr goes on from the"
+                f" last minute's state" + ("" if state.exists() else " (there is none yet: it starts again)")
+            )
+
+        # 5. Step: linear warm-up, then a cosine to zero.
+        for group in optimiser.param_groups:
+            group["lr"] = lr * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
+        optimiser.step()
+
+        # 6. Average: shorter at first, to forget where it started.
+        decay = min(0.999, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in parameters], 1 - decay)
+
+        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()  # one batch says little
+        if rank == 0:
+            progress.update(step + 1, f"loss {running:.4f} nats per token")
+            if time.time() - saved > STATE_EVERY:
+                save_state(state, step + 1, what, whole)
+                saved = time.time()
+    return average
 
 
-def load_state(path, run, parameters, averages, optimiser):
-    """Put a state back where it was saved from; returns its step. Raises ValueError if it is not of this `run`."""
-    arrays, header = load_arrays(path)
-    found, step = header.get("run"), header.get("step")
-    if not isinstance(found, dict) or type(step) is not int:
-        raise ValueError(f"--resume: {path} is not the state of a run")
-    if differs := {k: f"{found.get(k)}, expected {v}" for k, v in run.items() if found.get(k) != v}:
-        raise ValueError(f"--resume: {path} is of another run: {differs}")
-    for p in parameters.values():
-        optimiser.state[p] = {"step": torch.tensor(float(step))} | {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
-    tensors = state_arrays(parameters, averages, optimiser)
-    if {name: array.shape for name, array in arrays.items()} != {name: tensor.shape for name, tensor in tensors.items()}:
-        raise ValueError(f"--resume: {path} does not hold the arrays of this model")
-    for name, tensor in tensors.items():
-        tensor.copy_(torch.from_numpy(arrays[name]))
+def save_state(path, step, what, whole):
+    """Keep a run: written under another name, then renamed. A full disk is a warning; the run goes on."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        torch.save({"step": step, "what": what} | {name: part.state_dict() for name, part in whole.items()}, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer raises the second
+        print(f"\nwarning: {path} could not be written ({str(error).splitlines()[0]}); the run goes on", file=sys.stderr)
+
+
+def load_state(path, what, whole):
+    """Put a run back as it was; returns its step."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found, step = state["what"], state["step"]
+    except Exception as error:  # a damaged file raises nearly anything
+        fail(f"{path}: not the state of a run, or a damaged one ({type(error).__name__}); delete it to start again")
+    same_run(path, found, what)
+    for name, part in whole.items():
+        part.load_state_dict(state[name])
     return step
 
 
-def optimise(model, loss_of, train, args, name, out, **more):
-    """Minimise loss_of(model, x0 [B, L], generator) -> [B] nats a sequence. Returns the model's moving average.
-
-    AdamW, warm-up and cosine decay, gradient clipping. The randomness of step k is a function of
-    (seed, k, process) alone, so a resumed run is equal to one that was never stopped. Hosts that train
-    together share the folder `out`. `more` is what else a run must have in common with the one it resumes.
-    """
-    rank, world = processes()
-    device = next(model.parameters()).device
-    length = model.config.length
-    generators = torch.Generator(), torch.Generator(device)  # of batches (always on the CPU), of noise
-    average = copy.deepcopy(model).requires_grad_(False)
-    parameters, averages = dict(model.named_parameters()), list(average.parameters())
-    matrices = {n: p for n, p in parameters.items() if p.ndim == 2 and "embed" not in n}
-    others = {n: p for n, p in parameters.items() if n not in matrices}
-    optimiser = torch.optim.AdamW(
-        [
-            {"params": matrices.values(), "weight_decay": args.weight_decay},
-            {"params": others.values(), "weight_decay": 0.0},
-        ],
-        lr=args.lr,
-        betas=(0.9, 0.98),  # a short memory of squared gradients: the 1/t weight makes them uneven
-    )
-
-    state = out / f"{name}.state.npz"
-    # What a run must have in common with the one it resumes. The learning rate may change: after a NaN, say.
-    run = {k: getattr(args, k) for k in ("stage", "steps", "batch_size", "weight_decay", "seed", "dtype")}
-    run |= {"config": asdict(model.config), "data": zlib.crc32(np.ascontiguousarray(train)), "processes": world} | more
-    first = 0
-    if args.resume and state.exists():
-        first = load_state(state, run, parameters, averages, optimiser)
-        if rank == 0:
-            print(f"{name}: resumed at step {first}")
-    elif state.exists():
-        raise ValueError(f"{state}: an interrupted run; go on with --resume, or delete it, or choose another --out")
-    elif args.resume and rank == 0:
-        print(f"{name}: nothing to resume in {out}, from the start")
-
-    # ^C is heard between two steps, so that what is saved is the state after a whole one; a second ^C at once.
-    # SIGTERM too: it is how torchrun passes ^C on.
-    stopped = torch.zeros(1)
-
-    def hear_again():
-        for number, handler in heard.items():
-            signal.signal(number, handler)
-
-    def stop(*_):
-        stopped.fill_(1)
-        hear_again()
-
-    heard = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    if args.compile:
-        if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-            raise ValueError("--compile: no C++ compiler found, expected g++, clang++ or the one that CXX names")
-        model.compile()
-    warmup = max(1, min(args.steps // 20, 200))
-    running, last_line = None, 0.0
-    for step in range(first, args.steps):
-        for kind, g in enumerate(generators):  # hashed, because PyTorch's CPU generator reads only the low 32 bits of a seed
-            g.manual_seed(int(np.random.SeedSequence((args.seed, kind, step, rank)).generate_state(1)[0]))
-        x0 = batch_of(train, length, args.batch_size // world, generators[0]).to(device)
-
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            loss = loss_of(model, x0, generators[1]).mean() / length  # nats a token
-        optimiser.zero_grad()
-        loss.backward()
-        if world > 1:  # in one message: the mean gradient over the processes, and whether one of them was stopped
-            flat = torch.cat([*(p.grad.flatten() for p in parameters.values()), stopped.to(device)])
-            dist.all_reduce(flat)
-            for p, g in zip(parameters.values(), flat.split([p.numel() for p in parameters.values()] + [1])):
-                p.grad.copy_(g.view_as(p) / world)
-            stopping = bool(flat[-1])
-        else:
-            stopping = bool(stopped)
-        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-        if not torch.isfinite(norm):  # nothing has been changed yet: the state before this step is good
-            if first < step and rank == 0:
-                save_state(state, step, run, parameters, averages, optimiser)
-            kept = f"the last good state is in {state}" if step > 0 else "nothing was saved"
-            hear_again()
-            found = f"loss {loss.item()}, gradient {norm.item()}"
-            raise ValueError(f"{name}: stopped at step {step}, {found}; {kept}; --resume with a lower --lr may do better")
-
-        lr = args.lr * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / args.steps)))
-        for group in optimiser.param_groups:
-            group["lr"] = lr
-        optimiser.step()
-        decay = min(0.999, (step + 1) / (step + 10))  # shorter at first, to forget where it started
-        torch._foreach_lerp_(averages, [p.detach() for p in parameters.values()], 1 - decay)
-
-        stopping = stopping and step + 1 < args.steps  # after the last step there is nothing to go on with
-        if rank == 0 and step + 1 < args.steps and ((step + 1) % 500 == 0 or stopping):
-            save_state(state, step + 1, run, parameters, averages, optimiser)
-
-        # One status line: the loss is a moving average, because that of one batch says little.
-        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-        now = time.time()
-        every = 0.5 if sys.stdout.isatty() else 20  # seconds; a log file needs fewer lines
-        if step == first:
-            began = now  # the first step, slower by a compilation at times, says nothing of the others
-        elif rank == 0 and (now - last_line > every or step + 1 == args.steps):
-            speed = (step - first) / (now - began)
-            status(
-                f"{name} step {step + 1}/{args.steps}  {clock((args.steps - step - 1) / speed)} left  loss {running:.4f} nats/token"
-                f"  {speed * args.batch_size * length:,.0f} tokens/s  {1000 / speed:.0f} ms/step",
-                last=step + 1 == args.steps,
-            )
-            last_line = now
-        if stopping:
-            if rank == 0:
-                words = shlex.join([sys.executable, *(w for w in sys.argv if w != "--resume")])
-                words = words if world == 1 else "the same command and"
-                print(f"\nsaved {state}; go on with: {words} --resume")
-            sys.exit(130)
-    hear_again()
-    return average
+def same_run(path, found, what):
+    """Stop if `found`, what a file was made from, is not `what` is wanted now."""
+    differs = [f"{k} is {found.get(k)}, now {v}" for k, v in what.items() if found.get(k) != v]
+    if differs:
+        fail(f"{path} is of another run: {'; '.join(differs)}. Another --out keeps both")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -307,39 +266,33 @@ def optimise(model, loss_of, train, args, name, out, **more):
 
 
 @torch.no_grad()
-def validate(model, val, rate, seed=0, batch=64, bins=10):
-    """(NELBO in nats a token, [bins] of it by time) over the windows val [N, L], at rate 0 or 1.
+def validate(model, val, draws=8, bins=8):
+    """(NELBO, its bins by share masked as text), nats per token, of rows val [N, L]; two passes if self-conditioned.
 
-    The times are spread evenly, (i + u) / N, and shuffled over the windows; times, masks and windows
-    are the same for every model. The bound of a bin of times is the mean loss, in nats, of a masked token there.
+    Exactly k of the L positions are masked, k = 1..L in turn, which has less noise than a random time: the integral of
+    1/t over all t leaves each k the weight 1/k. Masks are the same for every model.
     """
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    t = (rng.permutation(len(val)) + rng.random(len(val))) / len(val)
-    t = torch.tensor(t, dtype=torch.float32, device=device)  # [N]
-    losses = []
-    for i in range(0, len(val), batch):
-        x0 = torch.from_numpy(val[i : i + batch].astype(np.int64)).to(device)
-        losses.append(
-            diffusion_loss(model, x0, model.mask_id, self_cond_rate=rate, generator=generator, t=t[i : i + batch])
-        )
-    losses = torch.cat(losses) / val.shape[1]  # [N] nats a token
-    by_time = [losses[(t * bins).long() == k].mean().item() for k in range(bins)]  # NaN for a bin without windows
-    return losses.mean().item(), by_time
+    device, (N, L) = next(model.parameters()).device, val.shape
+    generator = torch.Generator(device).manual_seed(0)
+    losses, shares = [], []
+    for draw in range(draws):
+        k = 1 + (torch.arange(N, device=device) * draws + draw) % L  # [N]
+        for x0, k in zip(torch.from_numpy(val.astype(np.int64)).to(device).split(64), k.split(64)):
+            masked = scmdm.uniform(x0.shape, device, generator).argsort(1).argsort(1) < k[:, None]  # [b, L]
+            xt = torch.where(masked, model.mask_id, x0)
+            x0_prev = without_mask(model(xt), model.mask_id).softmax(-1) if model.config.self_conditioning else None
+            losses.append(masked_nll(model(xt, x0_prev), x0, masked, model.mask_id) / k)
+            shares.append((k - 1) / L)
+    losses, shares = torch.cat(losses), torch.cat(shares)  # [draws * N]
+    by_share = [f"{losses[(shares * bins).long() == b].mean().item():.2f}" for b in range(bins)]
+    return losses.mean().item(), by_share
 
 
 @torch.no_grad()
-def validate_judge(model, val, batch=64):
-    """Cross-entropy of a causal model over val [N, L], nats a token."""
-    device = next(model.parameters()).device
-    rows = torch.from_numpy(val.astype(np.int64)).to(device)
-    return torch.cat([judge_nll(model, x) for x in rows.split(batch)]).mean().item() / val.shape[1]
-
-
-def report(name, nelbo, by_time):
-    print(f"{name}: validation NELBO {nelbo:.4f} nats/token = {nelbo / math.log(2):.4f} bits/token")
-    print("   by time, t = 0 (clean) to 1 (all masked): " + " ".join("-" if math.isnan(b) else f"{b:.2f}" for b in by_time))
+def validate_judge(model, val):
+    """Cross-entropy of a causal model over val [N, L], nats per token; it has no shares."""
+    rows = torch.from_numpy(val.astype(np.int64)).to(next(model.parameters()).device)
+    return torch.cat([judge_nll(model, x) for x in rows.split(64)]).mean().item() / val.shape[1], ["-"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -347,10 +300,18 @@ def report(name, nelbo, by_time):
 # ---------------------------------------------------------------------------------------------
 
 
-def diffusion_at(rate):
-    return lambda model, x0, generator: diffusion_loss(
-        model, x0, model.mask_id, self_cond_rate=rate, generator=generator
-    )
+def arms_of(args):
+    """[(file name, rate, unroll, steps)] of what is to be trained."""
+    arms, adapt = [], args.stage == "adapt"
+    for rate in args.rates or ([0, 1] if adapt else [0]):
+        for K in (args.unroll or ([1, 16] if adapt else [1])) if rate else [1]:
+            name = "" if adapt else "scratch-" if rate else "base"
+            name += f"rate{rate:g}" if adapt or rate else ""
+            arms.append((name + (f"-unroll{K}" if K > 1 else ""), rate, K, args.adapt_steps))
+    if args.long_control:  # a step is a forward and a backward pass, 1 + 2, and (K + 1) / 2 forward passes for the signal
+        K = max(K for _, rate, K, _ in arms)
+        arms.insert(0, ("rate0-long", 0, 1, round(args.adapt_steps * (3 + (K + 1) / 2) / 3)))
+    return arms
 
 
 def main():
@@ -360,133 +321,121 @@ def main():
     if args.batch_size % world:
         fail(f"--batch-size is {args.batch_size}, expected a multiple of the {world} processes")
     if world > 1:
-        # The optimiser imports this. After the group is made, it would keep the group alive past its
-        # end, and with it Gloo's threads: of which one may still hold a tensor when the interpreter goes.
-        from torch import _dynamo  # noqa: F401
-
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
-    domain = data.get(args.data, args.lines)
-    name = domain.__name__.removeprefix("data.")
-    out = Path(args.out or f"runs/{name}")
+    domain = data.get(args.data, args.lines, args.length, args.vocab)
+    out = Path(args.out or f"runs/{domain.name}")
     out.mkdir(parents=True, exist_ok=True)
-    if not os.access(out, os.W_OK):
-        fail(f"--out {out}: cannot be written to")
+    lock = alone_in(out) if rank == 0 else None  # noqa: F841, held until the end
     train, val = domain.load()
-    held_out = windows(val, domain.length)
-    val = windows(val, domain.length, 1000)  # as many as validation has time for
-    # what the model file remembers, so that sampling needs no data file
-    info = {"data": name, "vocab": domain.vocab, "length": domain.length, "end": getattr(domain, "end", None)}
-    info["join"] = getattr(domain, "join", "")
-    info |= {"stage": args.stage, "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed}
-    torch.manual_seed(args.seed)
+    val = windows(val, domain.length, 256)
+    began = time.time()
 
-    def finish(model, folder, file, **more):
-        model.half()  # half the size; what is measured from here on is what the file holds
+    def trained(name, build, loss_of, steps, lr, seed, **made_from):
+        """The model `name`: as it lies in OUT, if a run like this one has finished there, else trained now and saved."""
+        path, state = out / f"{name}.npz", out / f"{name}.state"
+        settings = {key: getattr(args, key) for key in ("batch_size", "weight_decay", "dtype")}
+        what = {"data": domain.name, "content": zlib.crc32(np.ascontiguousarray(train)), "seed": seed, "steps": steps}
+        what |= settings | made_from
+        if not path.exists():
+            torch.manual_seed(seed)
+            model = optimise(build().to(device), loss_of, train, args, steps, lr, seed, state, what)
+            if rank == 0:
+                remembered = {key: getattr(domain, key) for key in ("vocab", "length", "end", "join", "source")}
+                save(path, model.half(), data=domain.name, **remembered, made_from=what, lr=lr)
+                state.unlink(missing_ok=True)
+            if world > 1:
+                dist.barrier()
+        elif not args.resume:
+            fail(f"{path} is there already: --resume keeps it and goes on, another --out starts anew")
+        model = load(path, device).eval()  # what is measured is what the file holds
+        same_run(path, model.info.get("made_from", {}), what)
+        nelbo, by_share = validate_judge(model, val) if name == "judge" else validate(model, val)
         if rank == 0:
-            save(folder / f"{file}.npz", model, **info, **more)
-            (folder / f"{file}.state.npz").unlink(missing_ok=True)
-            print(f"saved {folder / file}.npz")
-        model.float().eval()
+            print(f"{name}: validation {nelbo:.4f} nats per token, by share masked, few to all: " + " ".join(by_share))
+        return model
 
-    if args.stage in ("pretrain", "judge"):
-        causal = args.stage == "judge"
-        config = Config(len(domain.vocab), domain.length, args.dim, args.depth, args.heads, causal=causal)
-        config.positions = train.ndim == 2  # rows have a beginning, windows of a stream do not
-        model = Transformer(config).to(device)
-        size = sum(p.numel() for p in model.parameters())
-        if rank == 0:
-            print(f"{args.stage} on {name}: {size:,} parameters, {train.size:,} tokens, {args.steps} steps on {device}")
-        if causal:
-            model = optimise(model, lambda m, x0, _: judge_nll(m, x0), train, args, "judge", out)
-            finish(model, out, "judge")
-            loss = validate_judge(model, val)
-            if rank == 0:
-                print(f"judge: validation {loss:.4f} nats/token, perplexity {math.exp(loss):.3f}")
-        else:
-            model = optimise(model, diffusion_at(0.0), train, args, "base", out)
-            finish(model, out, "base")
-            if rank == 0:
-                report("base", *validate(model, val, 0.0))
+    def new(causal=False, self_conditioning=False):
+        """A model from nothing. Rows have a beginning, windows of a stream do not."""
+        shape = (args.dim, args.depth, args.heads, causal, self_conditioning)
+        return Transformer(Config(len(domain.vocab), domain.length, *shape, positions=train.ndim == 2))
+
+    shape = {"shape": [args.dim, args.depth, args.heads]}
+    if args.stage == "judge":
+        causal_loss = lambda model, x0, _: judge_nll(model, x0)  # noqa: E731
+        trained("judge", lambda: new(causal=True), causal_loss, args.steps or JUDGE_STEPS, args.lr or LR["judge"], args.seed, **shape)
+        return
+    if args.stage == "pretrain":
+        name, rate, K, _ = arms_of(args)[0]
+        build = lambda: new(self_conditioning=rate > 0)  # noqa: E731
+        trained(name, build, diffusion_at(rate, K), args.pretrain_steps, args.lr or LR["pretrain"], args.seed, rate=rate, unroll=K, **shape)
         return
 
-    # --- adapt: the main job ---
-    path = args.init or find_model(out, name, "base")
+    # --- adapt: the main job. First a base ---
+    path = args.init or find_model(out, None if domain.name == "sudoku" else domain.name, "base")  # Sudoku starts from nothing
     if path is None:
-        fail(f"no base to adapt in {out}: train one with --stage pretrain, or name one with --init")
-    base = load(path, device).eval()
+        trained("base", new, diffusion_at(0), args.pretrain_steps, LR["pretrain"], args.seed, rate=0, unroll=1, **shape)
+        path = out / "base.npz"
+    base = load(path, device)
     if base.config.self_conditioning or base.config.causal:
-        fail(f"--init {path}: a model of stage {base.info.get('stage')}, expected a base")
+        fail(f"{path}: not a base, but a model that is adapted already, or a judge")
     if base.info.get("vocab") != domain.vocab or base.config.length != domain.length:
-        fail(f"--init {path}: of other tokens than --data {args.data}, or of another length; with or without --lines?")
-    content, ours = Path(path).read_bytes(), out / "base.npz"
-    info |= {"weight_decay": args.weight_decay, "dtype": args.dtype, "base": zlib.crc32(content)}
-    judge = load_judge(out, domain, name, device)
-
-    arms = {arm: row for arm, row in ARMS.items() if args.arms == "all" or arm in ("vanilla", "SCMDM rate 1")}
-    if args.self_cond_rate is not None:
-        known = {rate: arm for arm, (rate, _) in ARMS.items()}
-        arm = known.get(args.self_cond_rate, f"SCMDM rate {args.self_cond_rate:g}")
-        arms = {"vanilla": ARMS["vanilla"], arm: ARMS.get(arm, (args.self_cond_rate, "scmdm"))}
-    began = time.time()
+        fail(f"{path}: a base of other tokens than {args.data}, or of another length")
     if rank == 0:
-        if not ours.exists():  # sample.py --models OUT compares with the base that was adapted
-            ours.with_suffix(".tmp").write_bytes(content)
-            ours.with_suffix(".tmp").replace(ours)
-        elif ours.read_bytes() != content:
-            fail(f"--init {path}: {ours} is another base, expected an --out without one")
-        runs = (len(arms) - 1) * args.seeds
-        print(f"adapt {path}: {runs} run(s) of {args.steps} steps on {device}, then a table of {len(arms)} models.")
-        print("With the defaults this takes at most 10 minutes on two CPU cores; ^C saves and says how to resume.")
+        keep_base(path, out / "base.npz")
 
-    trained, nelbos = {}, {}
+    # --- then each arm from that base, for each seed ---
+    crc = zlib.crc32(Path(path).read_bytes())
     for seed in range(args.seed, args.seed + args.seeds):
-        folder = out if seed == args.seed else out / f"seed{seed}"
-        folder.mkdir(exist_ok=True)
-        settings = argparse.Namespace(**{**vars(args), "seed": seed})
-        info["seed"] = seed
-        models = trained[seed] = {"vanilla": base}
-        for arm, (rate, file) in arms.items():
-            done = folder / f"{file}.npz"
-            if rate is not None and args.resume and done.exists() and not (folder / f"{file}.state.npz").exists():
-                models[arm] = load(done, device).eval()  # a resumed run does not train again what it had finished
-                if not {**info, "self_cond_rate": rate}.items() <= models[arm].info.items():
-                    fail(f"--resume: {done} is of a run with other settings; without --resume it is trained again")
-            elif rate is not None:
-                model = add_self_conditioning(base) if rate > 0 else copy.deepcopy(base)
-                more = {"rate": rate, "base": info["base"]}
-                models[arm] = optimise(model, diffusion_at(rate), train, settings, file, folder, **more)
-                finish(models[arm], folder, file, self_cond_rate=rate)
-            elif arm in nelbos:
-                continue  # the base is one model, whatever the seed
-            nelbo, by_time = validate(models[arm], val, 1.0 if rate else 0.0)
-            nelbos.setdefault(arm, []).append(nelbo)
-            if rank == 0:
-                report(arm, nelbo, by_time)
-                if rate:
-                    report(f"{arm}, signal switched off", *validate(models[arm], val, 0.0))
+        for name, rate, K, steps in arms_of(args):
+            name += f"-seed{seed}" if seed else ""
+            build = lambda: add_self_conditioning(base) if rate else copy.deepcopy(base)  # noqa: B023, E731
+            lr = args.lr or LR["adapt" if rate else "control"]
+            trained(name, build, diffusion_at(rate, K), steps, lr, seed, rate=rate, unroll=K, base=crc)
 
-    if rank == 0 and args.eval_seeds:
-        results = {}
-        for seed, models in trained.items():
-            sampling = range(seed * args.eval_seeds, (seed + 1) * args.eval_seeds)
-            for key, rows in evaluate(models, domain, held_out, judge, args.n, args.eval_steps, sampling, device).items():
-                if args.seeds > 1:  # one value a training seed, so that the interval is over those
-                    rows = [{measure: statistics.mean(row[measure] for row in rows) for measure in rows[0]}]
-                results.setdefault(key, []).extend(rows)
-        print()
-        bounds = {arm: mean_interval(values, digits=4) for arm, values in nelbos.items()}
-        print_table([{"model": row["model"], "NELBO": bounds.get(row["model"], "")} | row for row in table_of(results)])
-        seeds = f"{args.seeds} training" if args.seeds > 1 else f"{args.eval_seeds} sampling"
-        print(f"NELBO in nats a token; intervals are 95%, over {seeds} seeds. In all: {clock(time.time() - began)}")
-        print(draw_results(results, out / "results.png"))
-        if "SCMDM rate 1" in arms:
-            script = str(Path(__file__).with_name("sample.py"))
-            print(f"Look at what it writes: {shlex.join([sys.executable, script, '--models', str(out)])}")
+    # --- and the table of all that lies in OUT ---
+    if rank == 0 and args.n:
+        models = load_models(models_in(out), domain, device)
+        shown = {results.label(arm): model for (arm, seed), model in models.items() if not seed}
+        canvas = torch.full((1, domain.length), len(domain.vocab), device=device)
+        rows = evaluate(out, domain, device, args.n, args.calls)
+        show(shown, domain, canvas, max(args.calls), args.seed)
+        report(rows, domain, out)
+        print(f"\nAll in all: {clock(time.time() - began)}. Watch it think: python sample.py --models {out} --watch")
+
+
+def keep_base(path, ours):
+    """A copy of the base in OUT, so that the models there can be compared with what they come from."""
+    content = Path(path).read_bytes()
+    if not ours.exists():
+        ours.with_suffix(".tmp").write_bytes(content)
+        ours.with_suffix(".tmp").replace(ours)
+    elif ours.read_bytes() != content:
+        fail(f"--init {path}: {ours} is another base, expected an --out without one")
+
+
+def alone_in(out):
+    """An open file that no second run in the same folder can lock: it would write over what this one makes."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    lock = open(out / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        fail(f"{out}: another run is training there, expected another --out")
+    return lock
 
 
 if __name__ == "__main__":
-    run(main)
+    try:
+        run(main)
+    except KeyboardInterrupt:
+        words = [word for word in sys.argv if word != "--resume"] + ["--resume"]
+        fail(f"interrupted; at most a minute of training is lost. Go on with:\n{shlex.join(['python', *words])}", 130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

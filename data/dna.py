@@ -5,33 +5,28 @@ from pathlib import Path
 
 import numpy as np
 
+from data import Domain
+from data.measures import jensen_shannon
+
 FILE = Path(__file__).with_name("dna.npz")
-length = 128  # bases a window
-vocab = list("ACGT")
-index = {base: i for i, base in enumerate(vocab)}
+LENGTH = 128  # bases in a window
 
 
-def encode(string):
-    """A string of ACGT -> a list of tokens. Raises KeyError for another letter."""
-    return [index[base] for base in string]
-
-
-def decode(tokens):
-    """Tokens -> a string."""
-    return "".join(vocab[i] for i in tokens)
+def domain():
+    return Domain("dna", list("ACGT"), LENGTH, load, score, "JS 3-mers")
 
 
 @cache
 def load():
-    """(train, val): two streams [N] of tokens, one species after the other. The last tenth of each species is val."""
+    """(train, val): streams [N] of tokens, one species after the other. A tenth of each, its end, is val."""
     train, val = [], []
     with np.load(FILE, allow_pickle=False) as file:
         for species in file.files:
-            packed = file[species]  # four bases a byte, the first in the high bits
+            packed = file[species]  # four bases in each byte, the first in the high bits
             bases = ((packed[:, None] >> np.array([6, 4, 2, 0], dtype=np.uint8)) & 3).reshape(-1)
             cut = len(bases) * 9 // 10
             train.append(bases[:cut])
-            val.append(bases[cut:][: (len(bases) - cut) // length * length])  # whole windows: none spans two species
+            val.append(bases[cut:][: (len(bases) - cut) // LENGTH * LENGTH])  # no window spans two species
     return np.concatenate(train), np.concatenate(val)
 
 
@@ -44,23 +39,14 @@ def kmers(rows, k):
 
 
 def gc(rows):
-    """The distribution [20] of the GC content of rows [N, L]: two of the species are poor in it, one is rich."""
-    share = ((rows == index["C"]) | (rows == index["G"])).mean(1)
+    """The distribution [20] of the GC content of rows [N, L]: two species are poor in it, one is rich."""
+    share = ((rows == 1) | (rows == 2)).mean(1)  # C or G
     counts = np.histogram(share, bins=20, range=(0, 1))[0]
     return counts / counts.sum()
 
 
-def jensen_shannon(p, q):
-    """Jensen-Shannon divergence of two distributions, in bits: 0 for equal, 1 for disjoint."""
-    m = (p + q) / 2
-    kl = lambda a: (a * np.log2(np.where(a > 0, a, 1) / np.where(m > 0, m, 1))).sum()  # noqa: E731
-    return float((kl(p) + kl(q)) / 2)
-
-
 def score(samples, reference):
-    """{measure: value}: divergences, in bits, of samples [N, L] from reference [M, L], real windows; less is better.
-
-    A finite sample has a divergence of its own, the more the smaller it is: compare with as many real windows.
-    """
+    """{measure: value}: divergences, in bits, of samples [N, L] from real windows [M, L]; less is better.
+    A finite sample has one of its own, the more the smaller it is: compare with as many real windows."""
     values = {f"JS {k}-mers": jensen_shannon(kmers(samples, k), kmers(reference, k)) for k in (3, 6)}
     return values | {"JS GC": jensen_shannon(gc(samples), gc(reference))}

@@ -1,6 +1,6 @@
-"""Images: Fashion-MNIST, 14 x 14 pixels of 16 grey levels, a pixel a token, row by row. Source: data/README.md.
+"""Images: Fashion-MNIST, 14 x 14 pixels of 16 grey levels, a pixel a token. Source: data/README.md.
 
-    python data/images.py      train the small classifier again in whose features images are compared
+    python -m data.images      train the small classifier again in whose features images are compared
 """
 
 import lzma
@@ -11,35 +11,34 @@ from pathlib import Path
 
 import numpy as np
 
+from data import Domain
+from data.measures import frechet
+
 FILE = Path(__file__).with_name("images.xz")
 CLASSIFIER = Path(__file__).with_name("images_classifier.npz")
-row = 14  # pixels a row of the picture: where the terminal breaks the line
-length = row * row
-vocab = list("0123456789abcdef")  # grey levels, 0 is black
-index = {level: i for i, level in enumerate(vocab)}
-SHADES = " .:-=+*coahbdkwm"  # of the levels, in a terminal
+SIDE = 14  # pixels in each row, and rows
+SHADES = " .:-=+*coahbdkwm"  # of the grey levels, in a terminal
 
 
-def encode(string):
-    """A string of grey levels, 0 to f -> a list of tokens. Raises KeyError for anything else."""
-    return [index[level] for level in string]
-
-
-def decode(tokens):
-    """Tokens -> a string of grey levels, 0 to f."""
-    return "".join(vocab[i] for i in tokens)
-
-
-def cell(token):
-    """How the terminal shows a pixel: two characters, which are about as wide as high."""
-    return SHADES[token] * 2
+def domain():
+    return Domain(
+        name="images",
+        vocab=list("0123456789abcdef"),  # grey levels, 0 is black
+        length=SIDE * SIDE,
+        load=load,
+        score=score,
+        quality="Frechet",
+        cell=lambda token: SHADES[token] * 2,  # two characters, which are about as wide as high
+        row=SIDE,
+        picture=picture,
+    )
 
 
 @cache
 def read():
     """(images [24000, 196] of levels, labels [24000]): the first 20,000 are for training."""
     raw = np.frombuffer(lzma.decompress(FILE.read_bytes()), dtype=np.uint8)
-    return raw[: 24000 * length].reshape(24000, length), raw[24000 * length :]
+    return raw[: 24000 * 196].reshape(24000, 196), raw[24000 * 196 :]
 
 
 def load():
@@ -65,20 +64,10 @@ def classifier():
         return {name: file[name].astype(np.float64) for name in file.files}
 
 
-def frechet(a, b):
-    """Frechet distance of two sets of features [N, F], [M, F], each taken for a Gaussian:
-    |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), A and B their covariances."""
-    A, B = np.cov(a.T), np.cov(b.T)
-    values, vectors = np.linalg.eigh(A)
-    root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T  # A^(1/2)
-    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ B @ root), 0)).sum()  # tr (A B)^(1/2)
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A) + np.trace(B) - 2 * cross)
-
-
 def score(samples, reference):
     """{measure: value} of samples [N, 196] against reference [M, 196], real images.
 
-    Frechet: the distance in the classifier's features; it grows as N falls, so compare with as many real images.
+    Frechet: the distance in the classifier's features; it grows as N falls: compare with as many real images.
     sure: the mean probability of the class that the classifier takes an image for; a garment is one thing.
     """
     w = classifier()
@@ -90,21 +79,21 @@ def score(samples, reference):
 
 def picture(samples, path):
     """Write samples [N, 196] as a PNG, ten a row, each pixel 4 x 4. Returns a line that says so."""
-    across = min(10, len(samples))
+    across, size = min(10, len(samples)), SIDE + 1
     down = -(-len(samples) // across)
-    grid = np.full((down * (row + 1), across * (row + 1)), 8, dtype=np.uint8)  # grey lines between the images
+    grid = np.full((down * size, across * size), 8, dtype=np.uint8)  # grey lines between the images
     for i, image in enumerate(samples):
-        y, x = i // across * (row + 1), i % across * (row + 1)
-        grid[y : y + row, x : x + row] = image.reshape(row, row)
+        y, x = i // across * size, i % across * size
+        grid[y : y + SIDE, x : x + SIDE] = image.reshape(SIDE, SIDE)
     pixels = (grid * 17).repeat(4, 0).repeat(4, 1)
 
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     head = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 8, 0, 0, 0, 0)  # 8-bit grey
-    lines = np.pad(pixels, ((0, 0), (1, 0))).tobytes()  # each line begins with its filter, 0: none
-    with open(path, "wb") as f:
-        f.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b""))
+    body = zlib.compress(np.pad(pixels, ((0, 0), (1, 0))).tobytes())  # a line begins with its filter, 0: none
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    Path(path).write_bytes(png)
     return f"wrote {len(samples)} images: {path}"
 
 
@@ -114,16 +103,19 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     images, labels = (torch.from_numpy(a.copy()) for a in read())
     x, y = images.float() / 15, labels.long()
-    sizes = (length, 256, 64, 10)
+    sizes = (196, 256, 64, 10)
     layers = [torch.nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])]
-    model = torch.nn.Sequential(layers[0], torch.nn.ReLU(), layers[1], torch.nn.ReLU(), torch.nn.Dropout(0.3), layers[2])
+    relu, dropout = torch.nn.ReLU(), torch.nn.Dropout(0.3)
+    model = torch.nn.Sequential(layers[0], relu, layers[1], relu, dropout, layers[2])
     optimiser = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05)
     for epoch in range(20):
         for rows in torch.randperm(20000).split(128):
             loss = torch.nn.functional.cross_entropy(model(x[rows]), y[rows])
             optimiser.zero_grad(), loss.backward(), optimiser.step()
     accuracy = (model.eval()(x[20000:]).argmax(1) == y[20000:]).float().mean().item()
-    arrays = {f"w{i + 1}": layer.weight.detach().T.numpy().astype(np.float16) for i, layer in enumerate(layers)}
-    arrays |= {f"b{i + 1}": layer.bias.detach().numpy().astype(np.float16) for i, layer in enumerate(layers)}
+    arrays = {}
+    for i, layer in enumerate(layers, 1):
+        arrays[f"w{i}"] = layer.weight.detach().T.numpy().astype(np.float16)
+        arrays[f"b{i}"] = layer.bias.detach().numpy().astype(np.float16)
     np.savez(CLASSIFIER, **arrays)
     print(f"wrote {CLASSIFIER}: {accuracy:.1%} of the test images classified as they should be")

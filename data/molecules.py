@@ -1,4 +1,5 @@
-"""Molecules: QM9, at most nine heavy atoms, as SMILES; a character a token, with an end token. Source: data/README.md."""
+"""Molecules: QM9, at most nine heavy atoms, as SMILES, a character a token, with an end token.
+Source: data/README.md."""
 
 import gzip
 import re
@@ -7,9 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
+from data import Domain
+
 FILE = Path(__file__).with_name("molecules.txt.gz")
-length = 32  # the longest has 28 characters
-end = "<end>"  # closes a molecule and pads it; predicted like any other token, so the model chooses the length
+END = "<end>"
+
+
+@cache
+def domain():
+    vocab = [*"#()+-12345=CFHNO[]", END]
+    length = 32  # the longest has 28 characters
+    return Domain("molecules", vocab, length, load, score, "valid", end=END, picture=picture)
 
 
 @cache
@@ -19,26 +28,12 @@ def read():
     return [lines[i] for i in np.random.default_rng(0).permutation(len(lines))]
 
 
-vocab = [*"#()+-12345=CFHNO[]", end]
-index = {token: i for i, token in enumerate(vocab)}
-
-
-def encode(string):
-    """A SMILES string -> a list of tokens, without the end. Raises KeyError for a character that QM9 does not have."""
-    return [index[character] for character in string]
-
-
-def decode(tokens):
-    """Tokens -> the SMILES string before the first end token."""
-    tokens = [vocab[i] for i in tokens]
-    return "".join(tokens[: tokens.index(end)] if end in tokens else tokens)
-
-
+@cache
 def load():
     """(train, val): rows [N, 32] of tokens. A tenth is val."""
-    rows = np.full((len(read()), length), index[end], dtype=np.uint8)
+    rows = np.full((len(read()), 32), domain().index[END], dtype=np.uint8)
     for row, smiles in zip(rows, read()):
-        row[: len(smiles)] = encode(smiles)
+        row[: len(smiles)] = domain().encode(smiles)
     cut = len(rows) * 9 // 10
     return rows[:cut], rows[cut:]
 
@@ -56,7 +51,7 @@ def rdkit():
 
 
 def canonical(smiles):
-    """RDKit's canonical form, None if it is no molecule. One molecule has many SMILES: compare these, not the strings."""
+    """RDKit's canonical form, None if it is no molecule. One molecule has many SMILES: compare these."""
     molecule = rdkit().MolFromSmiles(smiles) if smiles else None
     return molecule and rdkit().MolToSmiles(molecule)
 
@@ -83,7 +78,7 @@ def score(samples, reference):
     the different ones among the valid; novel, those of them that are not in the training set; all, the
     product of the three, which is the share of N that is valid, unique and novel at once.
     """
-    strings = [decode(row) for row in samples]
+    strings = [domain().decode(row) for row in samples]
     values = {"closed": sum(map(closed, strings)) / len(strings)}
     if rdkit():
         valid = [c for c in map(canonical, strings) if c]
@@ -99,14 +94,14 @@ def score(samples, reference):
 
 
 def picture(samples, path):
-    """Draw the valid ones of samples [N, 32] as a grid, if RDKit is there. Returns a line that says what was done."""
+    """Draw the valid ones of samples [N, 32] as a grid, if RDKit is there. Returns a line that says so."""
     if not rdkit():
         return "no picture: drawing molecules needs RDKit"
     from rdkit.Chem.Draw import MolsToGridImage
 
-    strings = [s for s in (decode(row) for row in samples[:40]) if canonical(s)]
+    strings = [s for s in map(domain().decode, samples[:40]) if canonical(s)]
     if not strings:
         return "no picture: none of them is a molecule"
-    image = MolsToGridImage([rdkit().MolFromSmiles(s) for s in strings], molsPerRow=8, subImgSize=(160, 130), legends=strings)
-    image.save(path)
+    molecules = [rdkit().MolFromSmiles(s) for s in strings]
+    MolsToGridImage(molecules, molsPerRow=8, subImgSize=(160, 130), legends=strings).save(path)
     return f"drew {len(strings)} molecules of the first {min(40, len(samples))}: {path}"

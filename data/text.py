@@ -1,8 +1,6 @@
-"""Text: nine plays of Shakespeare, a character a token. Copy this file to add a domain of your own.
+"""Text: nine plays of Shakespeare, a character a token. Source and licence: data/README.md.
 
-A domain file says everything about its domain and knows nothing of models: `vocab`, `length`,
-`load() -> (train, val)`, `encode`, `decode`, and `score`, its own measure of quality. Source and
-licence: data/README.md.
+Copy this file to add a domain of your own, and its name to NAMES in data/__init__.py.
 """
 
 import gzip
@@ -12,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data import Domain
+
 FILE = Path(__file__).with_name("text.txt.gz")
-length = 128  # characters a window: some three lines of verse
 
 
 @cache
@@ -21,24 +20,18 @@ def read():
     return gzip.decompress(FILE.read_bytes()).decode("utf-8")
 
 
-vocab = sorted(set(read()))  # 61 characters
-index = {character: i for i, character in enumerate(vocab)}
+@cache
+def domain():
+    vocab = sorted(set(read()))  # 61 characters
+    length = 128  # characters in a window: some three lines of verse
+    return Domain("text", vocab, length, load, score, "words")
 
 
-def encode(string):
-    """A string -> a list of tokens. Raises KeyError for a character that the plays do not have."""
-    return [index[character] for character in string]
-
-
-def decode(tokens):
-    """Tokens -> a string."""
-    return "".join(vocab[i] for i in tokens)
-
-
+@cache
 def load():
-    """(train, val): two unbroken streams [N] of tokens, cut into windows by whoever uses them. The last tenth is val."""
-    stream = np.array(encode(read()), dtype=np.uint8)
-    cut = len(stream) * 9 // 10  # the end of the last plays: mostly Julius Caesar, whose names are new
+    """(train, val): two unbroken streams [N] of tokens, cut into windows where they are used."""
+    stream = np.array(domain().encode(read()), dtype=np.uint8)
+    cut = len(stream) * 9 // 10  # the last tenth is mostly Julius Caesar, whose names are new
     return stream[:cut], stream[cut:]
 
 
@@ -49,10 +42,7 @@ def known_words():
 
 
 def score(samples, reference):
-    """{measure: value} of samples [N, L]. reference [M, L], real windows, is not needed here.
-
-    words: the share of the words that occur in the training plays. A window's first and last word
-    may be cut and do not count.
-    """
-    words = [word for row in samples for word in re.findall(r"[a-z']+", decode(row).lower())[1:-1]]
+    """{measure: value} of samples [N, L]. words: the share of the words that occur in the training plays.
+    A window's first and last word may be cut and do not count."""
+    words = [word for row in samples for word in re.findall(r"[a-z']+", domain().decode(row).lower())[1:-1]]
     return {"words": sum(word in known_words() for word in words) / max(1, len(words))}

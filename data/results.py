@@ -1,0 +1,204 @@
+"""The results: one CSV file, and from its rows a table, a sentence and two figures. Knows no models."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from data.measures import mean_interval
+
+NAMES = {  # what a reader calls the parts of a model's file name, replaced in this order
+    "scratch-rate0.": "scratch, rate 0.",
+    "scratch-rate1": "scratch, rate 1",
+    "rate0.": "SCMDM rate 0.",
+    "rate0-long": "trained on, as long",
+    "rate0": "base, trained on",
+    "rate1-unroll": "SCMDM unroll ",
+    "rate1": "SCMDM (the paper's)",
+    "-unroll": " unroll ",
+}
+
+
+def label(model):
+    for part, words in NAMES.items():
+        model = model.replace(part, words)
+    return model
+
+
+# --- the file ---
+
+
+def number(text):
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def read_csv(path):
+    """The rows of a results file as {column: float or text}. A row has no key for a cell left empty."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{key: number(text) for key, text in row.items() if text} for row in csv.DictReader(file)]
+
+
+def append_csv(path, row):
+    """Add a row to a results file, which is made if need be; a column that it lacks is added to all rows."""
+    path, old = Path(path), []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            old = list(csv.DictReader(file))
+    columns = list(dict.fromkeys(key for r in [*old, row] for key in r))
+    append = old and len(columns) == len(old[0])
+    with path.open("a" if append else "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        if not append:
+            writer.writeheader()
+            writer.writerows(old)
+        writer.writerow(row)
+
+
+# --- the table ---
+
+
+def print_table(rows):
+    """Rows of {column: value} as a Markdown table, aligned to be read as it is."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns] + [[str(row.get(key, "")) for key in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    cells.insert(1, ["-" * width for width in widths])
+    for line in cells:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |")
+
+
+def report(rows, domain, quality):
+    """Print the table of rows at temperature 1, means over their seeds, and a sentence of what it says.
+
+    Columns: the sampler's bound; its paired difference from the base's; `quality`; predictive entropy. The other
+    measures are in the file. ± is a 95% interval: of the bound over the sequences, of the rest over the seeds.
+    """
+    unit, groups, signals, table = rows[0]["unit"], {}, {}, []
+    for row in (row for row in rows if row["temperature"] == 1):
+        where = signals.setdefault(row["model"], {}) if "signal" in row else groups
+        where.setdefault(row["signal"] if "signal" in row else (row["model"], row["calls"]), []).append(row)
+
+    def less_base(group):
+        half = sum(row["half"] ** 2 for row in group) ** 0.5 / len(group)  # each seed has sequences of its own
+        return np.mean([row["minus base"] for row in group]), half
+
+    for (model, calls), group in groups.items():
+        line = {"model": label(model), "calls": f"{calls:g}" if calls else "", "bound": "", "minus base": ""}
+        if "bound" in group[0]:
+            line["bound"] = f"{np.mean([row['bound'] for row in group]):.4g}"
+            line["minus base"] = "{:+.3f} ± {:.3f}".format(*less_base(group)) if model != "base" else ""
+        for measure in (quality, "completed", "path entropy"):
+            if measure in group[0]:
+                line[measure] = mean_interval([row[measure] for row in group], digits=3)
+        table.append(line)
+    if domain.entropy:
+        table.append({"model": "the truth", "bound": f"{domain.entropy:.4g}", quality: "1.000", "path entropy": f"{domain.entropy:.3f}"})
+    print_table(table)
+    print(f"bound (of -log p, under the sampler) and path entropy in {unit}; lower bounds are better.")
+
+    for model, kinds in signals.items():
+        others = ", ".join(f"{kind} {less_base(group)[0]:+.3f}" for kind, group in kinds.items())
+        print(f"Does the signal of {label(model)} matter? Bound minus base, with another signal: {others}.")
+    calls = max(calls for _, calls in groups)
+    adapted = [model for model, c in groups if c == calls and "bound" in groups[model, c][0] and model.startswith("rate1")]
+    if adapted:
+        best = max(adapted, key=lambda model: "unroll" in model)
+        gain, half = less_base(groups[best, calls])
+        says = "higher: it is surer of itself than it should be" if gain > half else "no different"
+        says = "lower: better, and not only sharper" if gain < -half else says
+        values = [np.mean([row[quality] for row in groups[model, calls]]) for model in (best, "base")]
+        print("At {:g} calls {} has {} {:.3f}, the base {:.3f}; ".format(calls, label(best), quality, *values)
+              + f"its bound is {abs(gain):.3f} ± {half:.3f} {says}.")  # fmt: skip
+
+
+# --- figures, of the rows of a results file: model, seed, calls, temperature, and measures ---
+
+COLOURS = {"base": "black", "rate0": "tab:gray", "rate1": "tab:blue", "rate1-unroll16": "tab:orange"}
+OTHERS = ["tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:cyan", "tab:olive"]
+
+
+def blank_axes(xlabel, ylabel):
+    """Axes to draw on; None without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    axes = Figure(figsize=(7, 4.2), layout="constrained").subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    return axes
+
+
+def draw_curves(axes, rows, colours, by, x, y):
+    """A line for each model, through its means over seeds at each value of `by`. Returns the means."""
+    points = {}  # {(model, value): (x, y)}
+    for row in sorted(rows, key=lambda row: row[by]):
+        points.setdefault((row["model"], row[by]), []).append((row[x], row[y]))
+    points = {key: tuple(np.mean(seeds, axis=0)) for key, seeds in points.items()}
+    for model in colours:
+        if line := [point for key, point in points.items() if key[0] == model]:
+            axes.plot(*zip(*line), marker=".", color=colours[model], label=label(model))
+    return points
+
+
+def colours_of(rows):
+    """{model: colour}, the same in both figures."""
+    models, others = dict.fromkeys(row["model"] for row in rows if row["model"] != "real"), OTHERS * len(rows)
+    return {model: COLOURS.get(model) or others.pop(0) for model in models}
+
+
+def save_figure(axes, path):
+    axes.legend(frameon=False)
+    axes.figure.savefig(path, dpi=100)  # 700 pixels wide
+    return f"figure: {path}"
+
+
+NO_FIGURE = "no figure: it needs matplotlib (pip install matplotlib)"
+
+
+def plot_bound(rows, path):
+    """The sampler's bound less the base's, against the number of calls; a dot for each seed."""
+    axes = blank_axes("denoiser calls", f"sampler's bound less the base's,\n{rows[0]['unit']} (lower: better)")
+    if axes is None:
+        return NO_FIGURE
+    colours = colours_of(rows)
+    rows, base = [row for row in rows if "bound" in row and "signal" not in row], {}  # {calls: [bound]}
+    for row in rows:
+        if row["model"] == "base":
+            base.setdefault(row["calls"], []).append(row["bound"])
+    rows = [r | {"gain": r["bound"] - np.mean(base[r["calls"]])} for r in rows if r["calls"] in base]
+    rows = [row for row in rows if row["model"] != "base"]
+    axes.axhline(0, color=COLOURS["base"], linewidth=1, label=label("base"))
+    draw_curves(axes, rows, colours, "calls", "calls", "gain")
+    for row in rows:
+        axes.scatter(row["calls"], row["gain"], s=6, alpha=0.6, color=colours[row["model"]])
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(base), [f"{calls:g}" for calls in sorted(base)])
+    return save_figure(axes, path)
+
+
+def plot_frontier(rows, quality, path):
+    """A measure against the predictive entropy, at the most calls: a curve for each model over temperatures,
+    1 the large dot. A quality alone says little: whoever samples colder gets more of it."""
+    axes = blank_axes(f"predictive entropy, {rows[0]['unit']}", quality)
+    if axes is None:
+        return NO_FIGURE
+    colours = colours_of(rows)
+    rows = [row for row in rows if quality in row]
+    real = [row for row in rows if row["model"] == "real"]
+    rows = [row for row in rows if row["model"] != "real" and "path entropy" in row]
+    rows = [row for row in rows if row["calls"] == max(r["calls"] for r in rows)]
+    points = draw_curves(axes, rows, colours, "temperature", "path entropy", quality)
+    for (model, temperature), point in points.items():
+        if temperature == 1:
+            axes.scatter(*point, s=80, color=colours[model], zorder=3)
+    if real:
+        y = np.mean([row[quality] for row in real])
+        if "path entropy" in real[0]:
+            axes.plot(real[0]["path entropy"], y, "*", markersize=14, color="tab:red", label="real data")
+        else:
+            axes.axhline(y, color="tab:red", linestyle="--", linewidth=1, label="real data")
+    return save_figure(axes, path)
