@@ -1,11 +1,11 @@
 """Sample: generate, infill, watch, film, evaluate.
 
-    python sample.py --watch                            vanilla and SCMDM side by side, from one seed, with as many calls
+    python sample.py --watch                            base and SCMDM side by side, from the same seed
     python sample.py --data text --prompt "To ____ or"  fill the blanks, one token for each _, and write on
     python sample.py --data text --evaluate             measure every model in the folder
     python sample.py --models runs/novel                models of your own
 
-This file runs the sampler and looks at what comes out. The method is in scmdm.py, the measures in data/measures.py.
+This file runs the sampler and looks at what comes out. The method is in scmdm.py, the measures are in data/.
 """
 
 import argparse
@@ -57,8 +57,8 @@ def run(main):
 
 def pick_device(name):
     """auto, cpu, cuda, cuda:N or mps -> torch.device. Raises ValueError for one that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(kind for kind in found if found[kind]) if name == "auto" else name
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError):
@@ -72,14 +72,14 @@ def clock(seconds):
 
 
 class Progress:
-    """One line on stderr that says how far a long job is: written over in a terminal, now and then a new one in a log."""
+    """How far a long job is, on stderr: one line in a terminal, now and then a new one in a log."""
 
     def __init__(self, what, total, done=0):
         self.what, self.total, self.first, self.began, self.shown = what, total, done, None, time.time()
 
     def update(self, done, text=""):
         now, terminal = time.time(), sys.stderr.isatty()
-        if self.began is None:  # the first unit, at times slower by a compilation, says nothing of the others
+        if self.began is None:  # the first does not count: a compilation may slow it
             self.began, self.first = now, done
         elif now - self.shown > (0.5 if terminal else 20) or done == self.total and now - self.began > 2:
             each = (now - self.began) / max(1, done - self.first)
@@ -91,14 +91,14 @@ class Progress:
 
 
 def find_model(folder, name, kind):
-    """The path of a model by its file's name: in the folder, else the one shipped for the domain, else None."""
+    """The path of kind.npz: in the folder, else the one shipped for the domain, else None."""
     for path in (Path(folder) / f"{kind}.npz", SHIPPED / (name or "none") / f"{kind}.npz"):
         if path.exists():
             return path
 
 
 def models_in(folder):
-    """{(arm, seed): path} of the models in a folder, the base first. train.py names them: rate1-unroll16-seed2.npz."""
+    """{(arm, seed): path} of the models in a folder, named like rate1-unroll16-seed2.npz, the base first."""
     found = {}
     for path in sorted(Path(folder).glob("*.npz"), key=lambda path: (path.stem != "base", path.stem)):
         arm, _, seed = path.stem.partition("-seed")
@@ -108,13 +108,13 @@ def models_in(folder):
 
 
 def load_models(files, domain, device):
-    """{(arm, seed): model} of models_in(): all of this domain, and adapted from the base that lies beside them."""
+    """{(arm, seed): model}, all of this domain, and adapted from the base that lies beside them."""
     if ("base", 0) not in files:
         raise ValueError("no base.npz there, expected a folder made by train.py")
     crc, models = zlib.crc32(files["base", 0].read_bytes()), {}
     for key, path in files.items():
         models[key] = model = load(path, device).eval()
-        if model.info.get("vocab") != domain.vocab or model.config.length != domain.length or model.config.causal:
+        if (model.info.get("vocab"), model.config.length) != (domain.vocab, domain.length):
             raise ValueError(f"{path}: a model of other tokens, expected those of {domain.name}")
         if key[0].startswith("rate") and model.info["made_from"]["base"] != crc:
             raise ValueError(f"{path}: adapted from another base than the base.npz beside it")
@@ -122,7 +122,7 @@ def load_models(files, domain, device):
 
 
 def load_judge(folder, domain, device):
-    """-log p(x), x [N, L] -> nats [N], of the causal model that measures generative perplexity; None if there is none."""
+    """A function x [N, L] -> -log p(x), nats [N]: the causal model beside the others, None if there is none."""
     path = find_model(folder, domain.name, "judge")
     if path is None:
         return None
@@ -141,7 +141,7 @@ def load_judge(folder, domain, device):
 def judge_nll(judge, x):
     """-log p(x) of each sequence x [B, L] under a causal model. [B], nats per sequence.
 
-    Position i is predicted from the tokens before it; the first from the mask token, which starts every sequence.
+    Position i is predicted from the tokens before it, the first from the mask, which starts every sequence.
     """
     start = torch.full_like(x[:, :1], judge.mask_id)
     logits = judge(torch.cat((start, x[:, :-1]), dim=1)).float()  # [B, L, V]
@@ -156,8 +156,9 @@ def judge_nll(judge, x):
 def generate(denoiser, canvas, mask_id, steps, seed, batch=64, on_step=None, progress=None, **options):
     """Fill the canvas [N, L], 64 sequences at a time.
 
-    Returns the tokens [N, L], their predictive entropy in nats per token: the mean entropy of the distributions
-    that revealed tokens were drawn from, which a lower temperature or an overconfident model lowers; and seconds.
+    Returns the tokens [N, L]; their predictive entropy in nats per token, the mean entropy of the
+    distributions that they were drawn from (a lower temperature lowers it, and so does overconfidence); and
+    seconds.
     """
     generator = torch.Generator(canvas.device).manual_seed(seed)
     rows, entropies, began = [], [], time.perf_counter()
@@ -167,7 +168,8 @@ def generate(denoiser, canvas, mask_id, steps, seed, batch=64, on_step=None, pro
         def watch(step, x, x0_prev):
             nonlocal before
             revealed = (before == mask_id) & (x != mask_id)  # [B, L]
-            p = token_probs(x0_prev[revealed].double().log(), options.get("temperature", 1), options.get("top_p", 1))
+            logits = x0_prev[revealed].cpu().double().log()  # [R, V]
+            p = token_probs(logits, options.get("temperature", 1), options.get("top_p", 1))
             entropies.append(torch.special.entr(p).sum(-1))  # [R]
             before = x
             if progress:
@@ -180,34 +182,34 @@ def generate(denoiser, canvas, mask_id, steps, seed, batch=64, on_step=None, pro
 
 
 def bound_of(denoiser, rows, mask_id, calls, seed):
-    """sampler_bound of each row [N, L]; from the same seed, so the same masks, for every model. [N] nats, NumPy."""
+    """sampler_bound of each row [N, L], the same masks for every model. [N] nats, NumPy."""
     generator = torch.Generator(rows.device).manual_seed(seed)
     parts = [sampler_bound(denoiser, x, mask_id, calls, generator=generator) for x in rows.split(64)]
-    return torch.cat(parts).double().cpu().numpy()
+    return torch.cat(parts).cpu().double().numpy()
 
 
 def with_signal(model, kind):
-    """The model, given another signal than its own: "off", none; "shuffled", that of other positions; "uniform"."""
+    """The model with its signal replaced: by none, by that of other positions, or by a uniform one."""
 
     def denoiser(xt, x0_prev):
         if x0_prev is None or kind == "off":
             return model(xt, None)
-        other = torch.randperm(xt.shape[1], generator=torch.Generator().manual_seed(0))
-        return model(xt, x0_prev[:, other] if kind == "shuffled" else torch.full_like(x0_prev, 1 / x0_prev.shape[-1]))
+        if kind == "uniform":
+            return model(xt, torch.full_like(x0_prev, 1 / x0_prev.shape[-1]))
+        return model(xt, x0_prev[:, torch.randperm(xt.shape[1], generator=torch.Generator().manual_seed(0))])
 
     return denoiser
 
 
 def evaluate(folder, domain, device, n, calls, temperatures=(1.0,), seeds=1, **options):
-    """Measure every model in the folder: a row {column: value} for each model, seed, number of calls and temperature.
+    """Measure every model in the folder: a row for each model, seed, number of calls and temperature.
 
-    Seed j is a model's j-th training seed, where it has several, and the seed of n samples, of n held-out sequences
-    and of their masks: the same for all models. Rows are kept in results.csv as they are made; what is there already,
-    of the same model file, is not measured again. Raises ValueError for models that do not belong together.
+    Seed j is a model's j-th training seed, where it has several, and the seed of n samples, of n held-out
+    sequences and of their masks: the same for all models. Rows are added to results.csv as they are made;
+    what is there already, of the same model file, is not measured again.
     """
     files, path = models_in(folder), Path(folder) / "results.csv"
-    models = load_models(files, domain, device)
-    judge = load_judge(folder, domain, device)
+    models, judge = load_models(files, domain, device), load_judge(folder, domain, device)
     _, val = domain.load()
     per, unit = (domain.length, "nats per token") if val.ndim == 1 else (1, "nats per sequence")
     # one half of the held-out data to compare with; the other half is measured as samples are, and bounded
@@ -218,23 +220,29 @@ def evaluate(folder, domain, device, n, calls, temperatures=(1.0,), seeds=1, **o
         return rest[(seed * n + np.arange(n)) % len(rest)].astype(np.int64)  # [n, L]
 
     def bounds(denoiser, steps, seed):
-        """The bound, and its paired difference from the base's with half the width of the 95% interval."""
+        """The bound, and its paired difference from the base's with half the width of its 95% interval."""
         rows = torch.from_numpy(held_out(seed)).to(device)
         if (steps, seed) not in base_bounds:
             base_bounds[steps, seed] = bound_of(models["base", 0], rows, mask_id, steps, seed) / per
-        base = base_bounds[steps, seed]
-        own = base if denoiser is models["base", 0] else bound_of(denoiser, rows, mask_id, steps, seed) / per
-        return {"bound": own.mean(), **dict(zip(("minus base", "half"), measures.paired(own, base)))}
+        own = base = base_bounds[steps, seed]
+        if denoiser is not models["base", 0]:
+            own = bound_of(denoiser, rows, mask_id, steps, seed) / per
+        difference, half = measures.paired(own, base)
+        return {"bound": own.mean(), "minus base": difference, "half": half}
 
     def samples(denoiser, steps, temperature, seed):
-        fill = lambda canvas: generate(denoiser, canvas.to(device), mask_id, steps, seed, temperature=temperature, **options)  # noqa: E731
-        x, entropy, seconds = fill(torch.full((n, domain.length), mask_id))
+        def fill(canvas):
+            canvas = torch.from_numpy(canvas).to(device)
+            return generate(denoiser, canvas, mask_id, steps, seed, temperature=temperature, **options)
+
+        x, entropy, seconds = fill(np.full((n, domain.length), mask_id))
         values = measures.measure(domain, x.cpu().numpy(), reference, judge)
-        values |= {"path entropy": entropy * domain.length / per, "ms per call": 1000 * seconds / steps / math.ceil(n / 64)}
-        if domain.given and temperature == 1:
+        values["path entropy"] = entropy * domain.length / per
+        values["ms per call"] = 1000 * seconds / steps / math.ceil(n / 64)
+        if domain.given and temperature == 1:  # with a part of a held-out sequence as the prompt
             shown = np.random.default_rng(seed).random((n, domain.length)) < domain.given
-            x, _, _ = fill(torch.from_numpy(np.where(shown, held_out(seed), mask_id)))
-            values["completed"] = next(iter(domain.score(x.cpu().numpy(), reference).values()))
+            x, _, _ = fill(np.where(shown, held_out(seed), mask_id))
+            values["completed"] = domain.score(x.cpu().numpy(), reference)[domain.quality]
         return values
 
     seeds = range(max(seeds, *(seed + 1 for _, seed in files)))
@@ -243,25 +251,28 @@ def evaluate(folder, domain, device, n, calls, temperatures=(1.0,), seeds=1, **o
         for arm in dict.fromkeys(arm for arm, _ in files):
             todo += [(arm, "", seed, steps, temperature) for seed in seeds for temperature in temperatures]
             if models[arm, 0].config.self_conditioning and steps == max(calls):
-                todo += [(arm, signal, seeds[0], steps, 1.0) for signal in ("off", "shuffled", "uniform")]
+                todo += [(arm, signal, 0, steps, 1.0) for signal in ("off", "shuffled", "uniform")]
     keys = ("model", "signal", "seed", "calls", "temperature", "n", "sampler", "file")
-    known = {tuple(str(row.get(key, "")) for key in keys): row for row in results.read_csv(path)} if path.exists() else {}
-    sampler = " ".join(f"{name}={value}" for name, value in options.items())
+    old_rows = results.read_csv(path) if path.exists() else []
+    known = {tuple(str(row.get(key, "")) for key in keys): row for row in old_rows}
+    sampler = " ".join(f"{name}={'cosine' if value is COSINE else value}" for name, value in options.items())
     progress, rows = Progress("evaluate", len(todo)), []
     for done, (arm, signal, seed, steps, temperature) in enumerate(todo):
         file = (arm, seed) if (arm, seed) in files else (arm, 0)
-        crc = f"crc{zlib.crc32(files[file].read_bytes()):08x}" if arm != "real" else ""
+        crc = "" if arm == "real" else f"crc{zlib.crc32(files[file].read_bytes()):08x}"
         row = dict(zip(keys, (arm, signal, float(seed), float(steps), temperature, float(n), sampler, crc)))
-        if (key := tuple(str(row[key]) for key in keys)) not in known:
-            values = {"unit": unit}
+        key = tuple(map(str, row.values()))
+        if key not in known:
+            row["unit"] = unit
             if arm == "real":
-                values |= measures.measure(domain, held_out(seed), reference, judge)
+                row |= measures.measure(domain, held_out(seed), reference, judge)
+                row |= {"path entropy": domain.entropy} if domain.entropy else {}
             elif signal:
-                values |= bounds(with_signal(models[file], signal), steps, seed)
+                row |= bounds(with_signal(models[file], signal), steps, seed)
             else:
-                values |= samples(models[file], steps, temperature, seed)
-                values |= bounds(models[file], steps, seed) if temperature == 1 and not options else {}
-            known[key] = {column: value for column, value in (row | values).items() if value != ""}
+                row |= samples(models[file], steps, temperature, seed)
+                row |= bounds(models[file], steps, seed) if temperature == 1 and not options else {}
+            known[key] = {column: value for column, value in row.items() if value != ""}
             results.append_csv(path, known[key])
         rows.append(known[key])
         progress.update(done + 1, f"{arm}, {steps} calls")
@@ -270,8 +281,9 @@ def evaluate(folder, domain, device, n, calls, temperatures=(1.0,), seeds=1, **o
 
 def report(rows, domain, folder):
     """Print what evaluate() found, and draw it."""
-    quality = next(q for q in ("gen. ppl", domain.quality, *rows[0]) if q in rows[0])  # the best measure that there is
-    print(results.plot_bound(rows, Path(folder) / "bound.png"))
+    quality = next(name for name in ("gen. ppl", domain.quality, *rows[0]) if name in rows[0])
+    if any("bound" in row for row in rows):
+        print(results.plot_bound(rows, Path(folder) / "bound.png"))
     print(results.plot_frontier(rows, quality, Path(folder) / "frontier.png") + "\n")
     results.report(rows, domain, quality)
 
@@ -282,23 +294,24 @@ def report(rows, domain, folder):
 
 
 def canvas_of(prompt, domain, length):
-    """A prompt -> a canvas [length] of tokens: a mask for each _ (a literal one is written \\_), and masks after the end."""
+    """A prompt -> a canvas [length]: a mask for each _ (a literal one is \\_), and masks after the end."""
     canvas, mask_id = [], len(domain.vocab)
     for piece in re.split(r"((?<!\\)_+)", prompt):
         try:
             blank = piece.startswith("_")
             canvas += [mask_id] * len(piece) if blank else domain.encode(piece.replace("\\_", "_"))
         except KeyError as error:
-            known = domain.join.join(token for token in domain.vocab if token != domain.end)
-            known = known if len(known) < 200 else f"{len(domain.vocab)} others"
-            raise ValueError(f"--prompt has {error.args[0]!r}, which the model has never seen; it knows {known!r}") from None
+            tokens = domain.join.join(token for token in domain.vocab if token != domain.end)
+            tokens = repr(tokens) if len(tokens) < 200 else f"{len(domain.vocab)} others"
+            unknown = f"--prompt has {error.args[0]!r}, which the model has never seen"
+            raise ValueError(f"{unknown}; it knows {tokens}") from None
     if len(canvas) > length:
         raise ValueError(f"--prompt has {len(canvas)} tokens, expected at most {length}")
     return torch.tensor(canvas + [mask_id] * (length - len(canvas)))
 
 
 def show(models, domain, canvas, steps, seed, watch=False, film_path=None, **options):
-    """Fill the canvas [N, L] with each of {label: model}, and print the samples beside each other. Returns them."""
+    """Fill the canvas [N, L] with each of {label: model}, print the samples beside each other, return them."""
     columns = shutil.get_terminal_size((100, 24)).columns
     samples, films, width = {}, {}, min(56, (columns + 1) // len(models) - 3)
     for label, model in models.items():
@@ -308,14 +321,16 @@ def show(models, domain, canvas, steps, seed, watch=False, film_path=None, **opt
             frames.append((x[0].cpu().numpy(), x0_prev[0].argmax(-1).cpu().numpy()))
 
         progress = Progress(f"{label}: call", steps * math.ceil(len(canvas) / 64))
-        x, _, seconds = generate(model, canvas, len(domain.vocab), steps, seed, on_step=on_step, progress=progress, **options)
+        watched = {"on_step": on_step, "progress": progress}
+        x, _, seconds = generate(model, canvas, len(domain.vocab), steps, seed, **watched, **options)
         samples[label] = x.cpu().numpy()
         print(f"{label}: {steps} calls, {seconds:.1f} seconds", file=sys.stderr)
     terminal = sys.stdout.isatty()
     for step in range(steps if watch else 0):
         print("\033[H\033[J" if terminal else "")
         print(" | ".join(f"{label}, call {step + 1}"[:width].ljust(width) for label in models))
-        print(side_by_side([draw_frame(domain, *frames[step], width) for frames in films.values()], width), flush=True)
+        states = [draw_frame(domain, *frames[step], width) for frames in films.values()]
+        print(side_by_side(states, width), flush=True)
         time.sleep(max(0.03, 4 / steps) if terminal else 0)  # the whole takes some four seconds
     if film_path:
         print(film(film_path, films, domain))
@@ -336,23 +351,26 @@ def save_samples(path, samples, domain):
                 print(record if str(path).endswith(".jsonl") else text.replace("\n", "\\n"), file=file)
 
 
-def parse():
+def parse():  # fmt: off
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = p.add_argument
     a("--data", choices=data.NAMES, help="whose shipped models (default: sudoku)")
     a("--models", help="a folder of models made by train.py, instead")
-    a("--model", nargs="+", metavar="NAME", help="which of them, by file name (default: base and the best SCMDM)")
-    a("--prompt", default="", help="known tokens, with a _ for each blank (a literal _ is \\_); what follows its end is written too")
-    a("--length", type=int, help="tokens in a sequence, at most the model's (default); the prompt's own: infilling alone")
+    a("--model", nargs="+", metavar="NAME", help="which, by file name (default: the base and the best SCMDM)")
+    a("--prompt", default="",
+      help="known tokens, with a _ for each blank (a literal one is \\_); what follows its end is written too")
+    a("--length", type=int, help="tokens, at most the model's (default); the prompt's own: infilling alone")
     a("-n", type=int, help="how many sequences; with --evaluate, for each seed (default: 2; 256 to evaluate)")
     a("--steps", type=int, nargs="+", help="denoiser calls; several to evaluate at each (default: 64)")
-    a("--temperature", type=float, nargs="+", default=[1.0], help="below 1 sharper, 0 the likeliest token; several to evaluate at each (default: 1)")
-    a("--top-p", type=float, default=1.0, help="draw from the smallest set of tokens of this mass (default: 1, all)")
-    a("--order", choices=("random", "confidence"), default="random", help="which masks first (default: random, as the process has it);"
-      " confidence takes the surest, and so prefers what is safe: shorter, repeated, more alike")  # fmt: skip
-    a("--schedule", choices=("linear", "cosine"), default="linear", help="how many at each step (default: linear)")
+    a("--temperature", type=float, nargs="+", default=[1.0],
+      help="below 1 sharper, 0 the likeliest token; several to evaluate at each (default: 1)")
+    a("--top-p", type=float, default=1.0, help="draw from the smallest set of tokens of this mass (default: 1)")
+    a("--order", choices=("random", "confidence"), default="random",
+      help="which masks first: random, as the process has it (default), or the surest; that prefers what is safe:"
+      " shorter, repeated, more alike")
+    a("--schedule", choices=("linear", "cosine"), default="linear", help="how many per step (default: linear)")
     a("--seed", type=int, default=0, help="same seed, same device, same tokens (default: 0)")
-    a("--seeds", type=int, default=1, help="evaluate: how many seeds (default: 1, or the training seeds there are)")
+    a("--seeds", type=int, default=1, help="evaluate: how many seeds (default: those of the training)")
     a("--device", default="auto", help="auto, cpu, cuda or mps (default: auto, the fastest there is)")
     a("--watch", action="store_true", help="play the steps; a masked position shows its current guess, dim")
     a("--film", metavar="FILE.svg", help="the same as an animated picture")
@@ -388,21 +406,22 @@ def main():
 
     if args.evaluate:
         if domain.load is None:
-            raise ValueError(f"{domain.source.get('path')}: the data is no longer there, so there is nothing to compare with")
+            raise ValueError(f"{domain.source.get('path')}: the data is no longer there to compare with")
         rows = evaluate(folder, domain, device, args.n, args.steps, args.temperature, args.seeds, **options)
         report(rows, domain, folder)
         return
     models = load_models(files, domain, device)
-    if not args.model:  # the base, and the arm with the longest chain
-        best = max(models, key=lambda key: ("unroll" in key[0], key[0], -key[1]))
-        models = {key: models[key] for key in dict.fromkeys((("base", 0), best))}
-    models = {results.label(arm) + (f", seed {seed}" if seed else ""): model for (arm, seed), model in models.items()}
+    if not args.model:
+        shown = ("base", results.best([arm for arm, seed in models if seed == 0]))
+        models = {(arm, 0): models[arm, 0] for arm in shown if arm}
+    names = {key: results.label(key[0]) + (f", seed {key[1]}" if key[1] else "") for key in models}
+    models = {names[key]: model for key, model in models.items()}
     length = args.length or domain.length
     if length > domain.length:
         raise ValueError(f"--length is {length}, expected at most the model's {domain.length}")
     canvas = canvas_of(args.prompt, domain, length).expand(args.n, length).to(device)
-    temperature = args.temperature[0]
-    samples = show(models, domain, canvas, args.steps[0], args.seed, args.watch, args.film, temperature=temperature, **options)
+    options["temperature"] = args.temperature[0]
+    samples = show(models, domain, canvas, args.steps[0], args.seed, args.watch, args.film, **options)
     if args.save:
         save_samples(args.save, samples, domain)
     for label, x in samples.items():

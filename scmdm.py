@@ -3,9 +3,10 @@
 A masked diffusion model writes a sequence by starting from nothing but [MASK] and revealing tokens over a
 number of steps. At each step it predicts every token, keeps the few that are revealed, and throws the other
 predictions away: a position that stays masked is worked out again from its visible neighbours, and what the
-last call had found out about it is lost. SCMDM (Cardei, Ta & Fioretto 2026, arXiv 2604.26985) feeds those
-predictions back. It takes a pretrained model, makes the smallest change that lets them in (here: one matrix),
-and trains a little longer. Sampling needs no extra calls.
+last call had found out about it is lost. SCMDM (Cardei, Ta & Fioretto 2026, arXiv 2604.26985) feeds the
+last call's predictions, `x0_prev`, back to the model: we call them the signal. It takes a pretrained model,
+makes the smallest change that lets the signal in (here: one matrix), and trains a little longer. In
+training, pass 1 makes the signal and pass 2, which gets it, is scored. Sampling needs no extra calls.
 
 Read from top to bottom:
     1. the schedule         how much is masked at time t
@@ -15,8 +16,8 @@ Read from top to bottom:
     5. the sampler          masked tokens -> clean tokens, and the likelihood bound of what it does
     6. save and load        one .npz, which any framework with numpy can read
 
-What is the paper's: feeding the prediction back, adapting after pretraining, pass 1 without gradient. What is
-ours: the exact form of the injection (`SelfConditioning`), `unroll` and `sampler_bound`.
+From the paper: feeding the prediction back, adapting after pretraining, pass 1 without gradient. Ours: the
+exact form of the injection (`SelfConditioning`), `unroll` and `sampler_bound`.
 
 One convention for time, everywhere: t = 0 is clean, t = 1 is all masked, and s < t is the next, cleaner time.
 Shapes: B sequences, L positions, V tokens, D model dimensions. Tokens are 0..V-1 and the mask is V
@@ -40,14 +41,14 @@ import torch.nn.functional as F
 
 
 class Schedule(NamedTuple):
-    """The two functions that are a noise schedule; both take and return a tensor of times in [0, 1]."""
+    """A noise schedule: two functions of a tensor of times in [0, 1]."""
 
     alpha: Callable  # probability that a token is still visible at t: falls from alpha(0)=1 to alpha(1)=0
     dalpha: Callable  # its derivative in t
 
 
 LINEAR = Schedule(lambda t: 1 - t, lambda t: -torch.ones_like(t))  # MDLM's "log-linear"
-COSINE = Schedule(  # MD4's and MaskGIT's: reveals few tokens at first, when little is known
+COSINE = Schedule(  # MaskGIT's (arXiv 2202.04200): few tokens at first, when little is known
     lambda t: 1 - torch.sin(math.pi / 2 * t),
     lambda t: -math.pi / 2 * torch.cos(math.pi / 2 * t),
 )
@@ -103,7 +104,7 @@ class SelfConditioning(nn.Module):
 
     embedding is the model's own nn.Embedding, of at least V rows. It stays the model's (it is not among this
     module's parameters, and learns through both its uses); if the model replaces it, make the adapter anew.
-    Works with any model: add the result to its token embeddings.
+    Works with any model without a time input: add the result to its token embeddings.
     """
 
     def __init__(self, embedding, mask_id):
@@ -132,9 +133,9 @@ class Config:
     dim: int = 128
     depth: int = 4
     heads: int = 4
-    causal: bool = False  # True: an autoregressive model (the judge), else a denoiser that sees all positions
+    causal: bool = False  # True: an autoregressive model (a judge, to score samples), else a denoiser
     self_conditioning: bool = False
-    positions: bool = False  # an embedding of each position too: for what has a beginning, as a grid has
+    positions: bool = False  # learn an embedding of each position too: for data with a fixed start, as a grid
 
     def __post_init__(self):
         if self.dim % (2 * self.heads):
@@ -176,8 +177,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The denoiser f(xt, x0_prev) -> logits: a plain bidirectional Transformer with V logits.
 
-    It has no time input. For absorbing diffusion the distribution of the clean tokens given xt does not
-    depend on t: xt already shows what is masked (Ou et al. 2024, RADD, arXiv 2406.03736).
+    It has no time input. For masked ("absorbing") diffusion the distribution of the clean tokens given xt
+    does not depend on t: xt already shows what is masked (Ou et al. 2024, RADD, arXiv 2406.03736).
 
     Rotary positions say how far apart two positions are, not where they stand, so that a sequence of nothing
     but masks looks the same everywhere. That is right for a window of a longer text; for anything that has a
@@ -197,7 +198,7 @@ class Transformer(nn.Module):
         self.self_conditioning = None
         for name, p in self.named_parameters():
             if p.ndim == 2:
-                # GPT-2's initialisation: smaller for what is added to the residual stream, 2 * depth times
+                # GPT-2's initialisation: smaller for the 2 * depth layers that write to the residual stream
                 residual = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.depth) if residual else 0.02)
         if config.self_conditioning:
@@ -221,7 +222,7 @@ class Transformer(nn.Module):
 
 
 def add_self_conditioning(model):
-    """A copy of a pretrained vanilla Transformer with the adapter in it: exactly equal until trained."""
+    """A copy of a pretrained Transformer without the adapter, with it: exactly equal until trained."""
     if model.config.self_conditioning or model.config.causal:
         raise ValueError(f"add_self_conditioning got {model.config}, expected a vanilla, bidirectional model")
     model = copy.deepcopy(model)
@@ -264,9 +265,9 @@ def diffusion_loss(
     so that each token is paid for once, when it is revealed. For the linear schedule it is 1/t. The value
     does not depend on the schedule (MD4, Shi et al. 2024, arXiv 2406.04329; MDLM, Sahoo et al., 2406.07524).
 
-    denoiser: any callable (xt [B, L], x0_prev [B, L, V] or None) -> logits [B, L, V]. It is never told t. A
-        model with a time input cannot be adapted by this code as it stands: every call here, those of pass 1
-        and those of the sampler too, would have to hand it the time of its own state.
+    denoiser: any callable (xt [B, L], x0_prev [B, L, V] or None) -> logits [B, L, V]. A model with a time
+        input cannot be adapted by this code as it stands: every call, in pass 1 and in the sampler too,
+        would have to hand it the time of its own state, and none does.
     x0 [B, L]: tokens, none of them the mask. frozen [B, L] bool: positions never masked and never scored.
     self_cond_rate: the probability, for each sequence, that the denoiser is given its own prediction: 1 is
         SCMDM, 0.5 the habit when training from scratch, 0 vanilla training.
@@ -275,13 +276,13 @@ def diffusion_loss(
     Order of the draws: times (1,) if not given, masks (B, L), who gets the signal (B,), and with unroll > 1
     the number of passes (1,) and of calls (B,). Raises ValueError if self_cond_rate is outside [0, 1].
 
-    This bound is the denoiser's, with a signal made as here. What `sample` does has its own: `sampler_bound`.
+    This is the bound of the denoiser with a signal made as here, to train on; `sampler_bound` is to be quoted.
     """
     if not 0 <= self_cond_rate <= 1:
         raise ValueError(f"self_cond_rate is {self_cond_rate}, expected a number from 0 to 1")
     B, L = x0.shape
 
-    # 1. One time for each sequence. One draw, spread evenly over the batch ("antithetic"), for a calmer loss.
+    # 1. One time for each sequence: one draw, spread evenly over the batch, for a calmer loss.
     if t is None:
         u = uniform((1,), x0.device, generator)
         t = (u + torch.arange(B, device=x0.device, dtype=u.dtype) / max(B, 1)) % 1  # [B]
@@ -292,26 +293,27 @@ def diffusion_loss(
     xt = mask_tokens(x0, u, t, mask_id, frozen, schedule)  # [B, L]
 
     # 3. Pass 1, the method: the model's own prediction becomes the signal. No gradient goes through it, or
-    #    the model would shape pass 1 to help pass 2 and no longer to estimate x0.
-    #    The paper makes it at xt itself, from no signal. Sampling makes it at the state before, with a signal
-    #    that was made with a signal, and so on. unroll > 1 (ours; the idea is SUNDAE's, Savinov et al. 2022,
-    #    arXiv 2112.06749) walks there as sampling does: the last k states before xt of a sampler of T calls.
+    #    the model would shape pass 1 to help pass 2 and no longer to estimate x0. The paper makes it by one
+    #    pass at xt itself, from no signal. Sampling makes it at the state before xt, with a signal that was
+    #    made with a signal, and so on. unroll > 1 (ours; the idea is SUNDAE's, Savinov et al. 2022, arXiv
+    #    2112.06749) does as sampling does: k passes, at the k states before xt, each given the last. How
+    #    far apart they are depends on the number of calls, T, that one will sample with: it is drawn too.
     given = uniform((B,), x0.device, generator) < self_cond_rate  # [B]
     x0_prev = None
     if self_cond_rate > 0:
-        times = [t]
-        if unroll > 1:
+        if unroll == 1:
+            times = [t]
+        else:
             k = 1 + int(unroll * uniform((1,), x0.device, generator))  # 1..unroll
             T = L * 4 ** (2 * uniform((B,), x0.device, generator) - 1)  # [B] calls, log-uniform, L/4 to 4L
-            times = [t + i / T for i in range(k, 0, -1)]  # k times [B], falling towards t
+            times = [t + i / T for i in range(k, 0, -1)]  # k times [B], the last one call before t
         with torch.no_grad():
             for time in times:
                 x = mask_tokens(x0, u, time, mask_id, frozen, schedule)  # the same u: the masks are nested
                 x0_prev = without_mask(denoiser(x, x0_prev), mask_id).softmax(-1)  # [B, L, V]
-                x0_prev = torch.where((time <= 1)[:, None, None], x0_prev, 0)  # no call before t = 1
-            x0_prev = torch.where(given[:, None, None], x0_prev, 0)  # all zero: no signal
-        # PyTorch before pull request 165068 (of late 2025) would reuse, in pass 2 and under autocast,
-        # the casts of the weights that pass 1 made, and those carry no gradient.
+                x0_prev *= (time <= 1)[:, None, None]  # a time above 1 is before the first call: zeros
+            x0_prev *= given[:, None, None]
+        # Older PyTorch, under autocast, would reuse pass 1's casts of the weights, which carry no gradient.
         torch.clear_autocast_cache()
 
     # 4. Pass 2, at xt: score the masked positions, weigh by time.
@@ -370,11 +372,12 @@ def sample(
     if order not in ("random", "confidence"):
         raise ValueError(f"order is {order!r}, expected 'random' or 'confidence'")
 
-    wanted = (x == mask_id).sum(1, keepdim=True)  # [B, 1] masks in the canvas
+    blanks = (x == mask_id).sum(1, keepdim=True)  # [B, 1] masks in the canvas
     x0_prev = None
     for step in range(steps):
         # The signal changes at every call, so the call is made even if no token has changed.
         logits = denoiser(x, x0_prev)  # [B, L, V]
+        del x0_prev  # of [B, L, V] only the logits and the new signal stay alive
         x0_prev = without_mask(logits, mask_id).softmax(-1)  # [B, L, V]: what the next call is given
         if x0_prev.sum(-1).isnan().any():
             raise ValueError(f"the denoiser gave logits that are NaN or infinite at step {step}")
@@ -385,18 +388,19 @@ def sample(
         s = torch.tensor(1 - (step + 1) / steps, dtype=u_token.dtype, device=x.device)
         masked = x == mask_id  # [B, L]
 
-        # Whether a mask is revealed, and which token it becomes, are two separate draws in float64: one
-        # Gumbel draw over {tokens, mask} in float32 would starve rare tokens. At s = 0 all are revealed.
+        # Whether a mask is revealed, and which token it becomes, are two separate draws. At s = 0 all are
+        # revealed. Tokens are drawn only where one may be revealed, in float64.
         reveal = masked & (u_reveal < unmask_prob(s, t, schedule)) if order == "random" else masked
-        wanted_logits = without_mask(logits[reveal], mask_id).to(u_token.dtype)  # [R, V], only where drawn
+        candidates = without_mask(logits[reveal], mask_id).to(u_token.dtype)  # [R, V]
         drawn = x.clone()
-        drawn[reveal] = draw(token_probs(wanted_logits, temperature, top_p), u_token[reveal]).to(x.dtype)
+        drawn[reveal] = draw(token_probs(candidates, temperature, top_p), u_token[reveal]).to(x.dtype)
+        del logits
 
         if order == "confidence":  # of all that was drawn, keep what the model thinks likeliest
             confidence = x0_prev.gather(-1, torch.where(masked, drawn, 0)[..., None].long())[..., 0]  # [B, L]
             confidence = confidence.masked_fill(~masked, -1)
             rank = confidence.argsort(dim=-1, descending=True, stable=True).argsort(-1)  # 0 = the surest
-            left = ((1 - schedule.alpha(s)) * wanted).round()  # [B, 1] masks that the schedule leaves at s
+            left = ((1 - schedule.alpha(s)) * blanks).round()  # [B, 1] masks that the schedule leaves at s
             reveal = masked & (rank < masked.sum(1, keepdim=True) - left)
         x = torch.where(reveal, drawn, x)
         if on_step is not None:
@@ -408,10 +412,11 @@ def sample(
 def sampler_bound(denoiser, x0, mask_id, steps, *, frozen=None, schedule=LINEAR, generator=None):
     """Estimate of the bound on -log p(x0) under `sample(..., steps)`. [B], nats per sequence. Ours.
 
-    diffusion_loss says what the denoiser can do; this says what the sampler does, its few steps and its
-    carried signal included, and no temperature can fake it. It walks the sampler's own path to x0, with
-    nested masks from one u: at each call a masked token is revealed with probability unmask_prob(s, t), and
-    costs -log p(x0_i) if it is.
+    diffusion_loss says what the denoiser can do; this says what the sampler does, with its few steps and
+    its carried signal (order="random", temperature 1). It is computed on given data, so that sharper
+    samples cannot better it. It walks the sampler's own path to x0, with nested masks from one u. At each
+    call a mask would be revealed with probability unmask_prob(s, t) and then cost -log p(x0_i): every mask
+    is charged that expectation.
     """
     u = uniform(x0.shape, x0.device, generator)  # [B, L]
     bound, x0_prev = 0, None
@@ -429,12 +434,12 @@ def sampler_bound(denoiser, x0, mask_id, steps, *, frozen=None, schedule=LINEAR,
 
 
 def save(path, model, **info):
-    """Write a Transformer and whatever is to be remembered of it (`info`: JSON values) to one .npz.
+    """Write a Transformer and any metadata (`info`: JSON values) to one .npz.
 
-    What it was loaded with is remembered too. One array for each parameter, under its PyTorch name and in its
-    own precision (bfloat16, which numpy lacks, as float32; model.half() makes a small file), and `header`:
-    config and info, UTF-8 JSON as a uint8 array. Written under another name and then renamed, so that a crash
-    leaves an older file whole. Raises OSError if it cannot be written.
+    The metadata that it was loaded with are kept. One array for each parameter, under its PyTorch name and
+    in its own precision (bfloat16, which numpy lacks, as float32; model.half() makes a small file), and
+    `header`: config and info, UTF-8 JSON as a uint8 array. Written under another name and then renamed, so
+    that a crash leaves an older file whole. Raises OSError if it cannot be written.
     """
     arrays = {}
     for name, p in model.state_dict().items():

@@ -7,18 +7,21 @@
     2. the process    masking, the loss and the sampler, for any model
     3. the method     what self-conditioning must and must not do
     4. the model      against NumPy, written from the equations (data/golden.py); golden values
-    5. engineering    files, training, the command lines
+    5. README.md      its snippet, its recipe for a foreign model and its numbers, as they are printed there
+    6. engineering    files, training, data, the command lines
 """
 
 import contextlib
 import copy
 import dataclasses
+import functools
 import inspect
 import io
 import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,34 +35,29 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 import data
 import sample as sample_py
 import scmdm
 import train as train_py
 from data import golden, measures, results, sudoku, terminal
-from scmdm import (
-    COSINE,
-    LINEAR,
-    Config,
-    SelfConditioning,
-    Transformer,
-    add_self_conditioning,
-    diffusion_loss,
-    load,
-    q_sample,
-    sample,
-    sampler_bound,
-    save,
-    unmask_prob,
-)
+from scmdm import COSINE, LINEAR, Config, SelfConditioning, Transformer, add_self_conditioning, diffusion_loss
+from scmdm import load, q_sample, sample, sampler_bound, save, unmask_prob
 
 settings.register_profile("spec", derandomize=True, deadline=None, max_examples=30, database=None)
 settings.load_profile("spec")
+HERE = Path(__file__).parent
+README = HERE / "README.md"
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # for other processes
 SCHEDULES = {"linear": LINEAR, "cosine": COSINE}
 schedules = st.sampled_from([LINEAR, COSINE])
 seeds = st.integers(0, 2**31 - 1)
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 7), st.integers(1, 6))  # B, L, V
+orders, kinds = st.sampled_from(["random", "confidence"]), st.sampled_from(["vanilla", "adapted", "causal"])
+rates, nuclei = st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0.3, 0.8, 1.0])
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 
 
@@ -105,6 +103,21 @@ def tiny(V=5, length=6, seed=0, adapted=False, **kw):
     return model
 
 
+def ignoring_signal(denoiser):
+    """The denoiser, never given a signal."""
+    return lambda xt, x0_prev: denoiser(xt, None)
+
+
+def disturbed(denoiser, mask_id):
+    """The denoiser with other logits at the visible positions."""
+
+    def other(xt, x0_prev):
+        logits = denoiser(xt, x0_prev)
+        return torch.where((xt == mask_id)[..., None], logits, torch.randn_like(logits) * 100)
+
+    return other
+
+
 class Spy:
     """A denoiser that remembers what it was given and what it answered, one entry for each call."""
 
@@ -116,6 +129,18 @@ class Spy:
         self.x0_prev.append(x0_prev)
         self.logits.append(self.denoiser(xt, x0_prev))
         return self.logits[-1]
+
+
+def first_steps(n, denoiser, canvas, mask_id, steps, generator):
+    """What sample() has made of the canvas after the first n of its steps."""
+
+    def on_step(step, x, x0_prev):
+        if step + 1 == n:
+            raise StopIteration(x)
+
+    with pytest.raises(StopIteration) as stop:
+        sample(denoiser, canvas, mask_id, steps, generator=generator, on_step=on_step)
+    return stop.value.value
 
 
 @contextlib.contextmanager
@@ -198,12 +223,8 @@ def any_order_nll(denoiser, X, V):
 
 
 def sampler_paths(denoiser, X, V, steps, schedule=LINEAR):
-    """Every path of the sampler to each sequence: at which call each position is revealed, steps^L ways.
-
-    Returns the probability of each path [P] and its cost to each sequence [N, P]: each token costs -log p, at
-    the call that reveals it, by a denoiser that is given its last prediction. So the probability of x under
-    `sample` is the sum of path * exp(-cost), and the sampler's bound is the sum of path * cost.
-    """
+    """The probability [P] of each path (at which call is each position revealed?) and its cost to each of the
+    sequences [N, P]: p(x) under `sample` sums probability * exp(-cost), the bound probability * cost."""
     L = X.shape[1]
     paths = torch.tensor(list(itertools.product(range(steps), repeat=L)))  # [P, L]
     masked = 1 - schedule.alpha(1 - torch.arange(steps + 1).double() / steps)  # share masked before each call
@@ -271,7 +292,6 @@ def test_diffusion_loss_estimates_the_nelbo(rate, schedule):
 
 
 @given(st.integers(2, 50), st.integers(1, 9), st.integers(1, 64), schedules)
-@settings(max_examples=10)
 def test_uniform_model(V, L, B, schedule):
     """A model that knows nothing has an NELBO of L log V: the weight 1/t makes up for what is not masked."""
     x0 = torch.randint(V, (B * 200, L), generator=rng(V))
@@ -311,14 +331,14 @@ def test_one_step_is_the_marginals_and_many_are_the_joint():
 def test_sampler_bound_is_exact(V, L, steps, signal, schedule):
     """Over all paths sampler_bound is the mean cost of drawing x, and so at least -log p(x) of `sample`."""
     X, schedule, full = World(V, L, 0).X, SCHEDULES[schedule], toy(V, 3, scale=1.0)
-    vanilla = lambda xt, x0_prev: full(xt, None)  # noqa: E731
-    weight, cost = sampler_paths(full if signal else vanilla, X, V, steps, schedule)
+    vanilla = ignoring_signal(full)
+    denoiser = full if signal else vanilla
+    weight, cost = sampler_paths(denoiser, X, V, steps, schedule)
     # for each path the u that follow it: masked at the call that reveals, and no longer at the next
     masked = 1 - schedule.alpha(1 - torch.arange(steps + 1).double() / steps)
     u = torch.tensor(list(itertools.product((masked[:-1] + masked[1:]) / 2, repeat=L)))  # [P, L]
     with replay(u.repeat(len(X), 1)):
-        rows = X.repeat_interleave(len(u), 0)
-        found = sampler_bound(full if signal else vanilla, rows, V, steps, schedule=schedule)
+        found = sampler_bound(denoiser, X.repeat_interleave(len(u), 0), V, steps, schedule=schedule)
     found = found.double().view(len(X), -1) @ weight
     assert torch.allclose(found, cost @ weight, atol=1e-5)
     assert (found >= -((-cost).exp() @ weight).log() - 1e-5).all()
@@ -341,29 +361,15 @@ def test_sampler_bound_falls_to_the_entropy():
 
 
 def test_rare_tokens_come_out_at_their_rate():
-    """Tokens of probability 1e-5 are drawn at their rate at 1000 steps.
-
-    Counted over the first 250 steps, where a step reveals one mask in a thousand or so and one float32 Gumbel
-    draw over {tokens, mask} finds almost none of them; in the last steps, which reveal most of what is left,
-    it finds its share.
-    """
+    """Tokens of probability 1e-5 come out at their rate in the first 250 of 1000 steps, too, where one Gumbel
+    draw over {tokens, mask} in float32 finds almost none."""
     rare, V, B, repeats, first = 1e-5, 256, 250, 200, 250
     probs = torch.full((V,), rare)
     probs[0] = 1 - (V - 1) * rare
     denoiser, g, found = fixed(probs.log()), rng(0), 0
-
-    class Enough(Exception):
-        pass
-
-    def on_step(step, x, x0_prev):
-        nonlocal found
-        if step + 1 == first:
-            found += ((x > 0) & (x < V)).sum().item()
-            raise Enough
-
     for _ in range(repeats):  # in batches that fit the processor's cache
-        with pytest.raises(Enough):
-            sample(denoiser, torch.full((B, 1), V), V, 1000, generator=g, on_step=on_step)
+        x = first_steps(first, denoiser, torch.full((B, 1), V), V, 1000, g)
+        found += ((x > 0) & (x < V)).sum().item()
     expected = (V - 1) * rare * B * repeats * first / 1000  # 31.9
     assert abs(found - expected) < 5 * math.sqrt(expected)
 
@@ -400,7 +406,10 @@ def test_masking(size, seed, schedule, t1, t2):
     x0 = torch.randint(V, (B, L), generator=rng(seed))
     frozen = torch.rand(B, L, generator=rng(seed + 1)) < 0.3
     before = x0.clone(), frozen.clone()
-    draw = lambda t, **kw: q_sample(x0, t, V, schedule=schedule, generator=rng(seed), **kw)  # noqa: E731
+
+    def draw(t, **kw):
+        return q_sample(x0, t, V, schedule=schedule, generator=rng(seed), **kw)
+
     early, late = (draw(torch.full((B,), t)) for t in sorted((t1, t2)))
     assert ((early == x0) | (early == V)).all() and early.dtype == x0.dtype
     assert ((early == V) <= (late == V)).all()
@@ -437,16 +446,12 @@ def test_times_are_spread_evenly():
 def test_small_times_are_floored():
     """The weight never exceeds 1 / 0.001, also for times that are given, used as they are above the floor."""
     x0 = torch.zeros(20000, 1, dtype=torch.long)
-    at = lambda t: diffusion_loss(flat(2), x0, 2, t=torch.full((len(x0),), t), generator=rng(0))  # noqa: E731
-    assert at(0.0).max().item() == pytest.approx(1000 * math.log(2), rel=1e-4)  # one mask, weighed 1 / 0.001
-    assert at(1.0).unique().tolist() == pytest.approx([math.log(2)])
-    assert at(0.5).unique().tolist() == pytest.approx([0, 2 * math.log(2)])
+    for t, weights in ((0.0, [0, 1000]), (0.5, [0, 2]), (1.0, [1])):  # of log 2: what is masked, what is not
+        loss = diffusion_loss(flat(2), x0, 2, t=torch.full((len(x0),), t), generator=rng(0))
+        assert (loss.unique() / math.log(2)).tolist() == pytest.approx(weights, rel=1e-4)
 
 
-rates, unrolls, scales = (st.sampled_from(v) for v in ([0.0, 0.5, 1.0], [1, 3], [1.0, 1e4]))
-
-
-@given(sizes, seeds, schedules, rates, unrolls, scales)
+@given(sizes, seeds, schedules, rates, st.sampled_from([1, 3]), st.sampled_from([1.0, 1e4]))
 def test_loss_is_finite_and_per_sequence(size, seed, schedule, rate, unroll, scale):
     """The loss is finite at logits of ±1e4, and moved by nothing but the masked positions of its own row."""
     B, L, V = size
@@ -459,15 +464,9 @@ def test_loss_is_finite_and_per_sequence(size, seed, schedule, rate, unroll, sca
     others = torch.cat((x0[:1], (x0[1:] + 1) % V))
     moved = diffusion_loss(denoiser, others, V, generator=rng(seed), **kw)
     assert torch.equal(loss[0], moved[0]), "another row moved it"
-
-    # other logits at the visible positions change nothing; a constant added to all logits changes nothing
-    def disturbed(xt, x0_prev):
-        logits = denoiser(xt, x0_prev)
-        return torch.where((xt == V)[..., None], logits, torch.randn_like(logits) * 100)
-
-    assert torch.equal(loss, diffusion_loss(disturbed, x0, V, generator=rng(seed), **kw))
+    assert torch.equal(loss, diffusion_loss(disturbed(denoiser, V), x0, V, generator=rng(seed), **kw))
     shifted = diffusion_loss(lambda xt, p: denoiser(xt, p) + 8.0, x0, V, generator=rng(seed), **kw)
-    assert torch.allclose(loss, shifted, rtol=1e-4, atol=1e-2 * scale)
+    assert torch.allclose(loss, shifted, rtol=1e-4, atol=1e-2 * scale), "a constant for all logits moved it"
 
 
 @given(sizes, seeds, st.sampled_from(["loss", "unrolled", "bound"]))
@@ -484,9 +483,6 @@ def test_frozen_positions_are_never_scored(size, seed, kind):
         found = diffusion_loss(spy, x0, V, unroll=3 if kind == "unrolled" else 1, **kw)
     assert torch.isfinite(found).all() and (found[frozen.all(1)] == 0).all()
     assert all(torch.equal(xt[frozen], x0[frozen]) for xt in spy.xt)
-
-
-orders = st.sampled_from(["random", "confidence"])
 
 
 @given(sizes, seeds, schedules, st.integers(1, 12), orders, st.sampled_from([0, 0.5, 1, 2]))
@@ -530,10 +526,7 @@ def plain_sample(denoiser, x, mask_id, us, temperature, top_p, order, schedule):
     return x
 
 
-temperatures, nuclei = st.sampled_from([0, 0.5, 1]), st.sampled_from([0.3, 0.8, 1])
-
-
-@given(sizes, seeds, schedules, st.integers(1, 6), orders, temperatures, nuclei, st.booleans())
+@given(sizes, seeds, schedules, st.integers(1, 6), orders, rates, nuclei, st.booleans())
 @settings(max_examples=60)
 def test_sampler_is_the_plain_one(size, seed, schedule, steps, order, temperature, top_p, own_mask):
     """Tokens, drawn only where a mask is revealed, are those of a sampler that draws one everywhere."""
@@ -549,16 +542,14 @@ def test_sampler_is_the_plain_one(size, seed, schedule, steps, order, temperatur
 
 
 @given(sizes, seeds, st.integers(1, 5))
-@settings(max_examples=10)
 def test_same_seed_same_tokens(size, seed, steps):
     """The same seed gives the same tokens, loss and bound; another seed gives others."""
     B, L, V = size
     canvas = torch.full((B, L), V)
     x0 = torch.zeros_like(canvas)
-    for draw in (lambda g: sample(toy(V, 1), canvas, V, steps, generator=g),
-                 lambda g: diffusion_loss(toy(V, 1), x0, V, unroll=4, generator=g),
-                 lambda g: sampler_bound(toy(V, 1), x0, V, steps, generator=g)):  # fmt: skip
-        assert torch.equal(draw(rng(seed)), draw(rng(seed)))
+    sampled, bound = (functools.partial(f, steps=steps) for f in (sample, sampler_bound))
+    for f, x in ((sampled, canvas), (bound, x0), (functools.partial(diffusion_loss, unroll=4), x0)):
+        assert torch.equal(*(f(toy(V, 1), x, V, generator=rng(seed)) for _ in range(2)))
     many = [sample(flat(5), torch.full((8, 8), 5), 5, steps, generator=rng(s)) for s in (seed, seed + 1)]
     assert not torch.equal(*many)
 
@@ -573,9 +564,9 @@ def test_on_cuda():
     canvas = torch.full((4, 6), 5, device="cuda")
     draws = [sample(there, canvas, 5, 4, generator=rng(3, "cuda")) for _ in range(2)]
     assert torch.equal(*draws) and draws[0].is_cuda
-    for found in (diffusion_loss(there, draws[0], 5, unroll=3, generator=rng(3, "cuda")),
-                  sampler_bound(there, draws[0], 5, 4, generator=rng(3, "cuda"))):  # fmt: skip
-        assert found.is_cuda and torch.isfinite(found).all()
+    loss = diffusion_loss(there, draws[0], 5, unroll=3, generator=rng(3, "cuda"))
+    bound = sampler_bound(there, draws[0], 5, 4, generator=rng(3, "cuda"))
+    assert loss.is_cuda and bound.is_cuda and torch.isfinite(loss + bound).all()
 
 
 def test_an_empty_batch_goes_through():
@@ -592,7 +583,6 @@ def test_an_empty_batch_goes_through():
 
 
 @given(sizes, seeds, st.integers(1, 4))
-@settings(max_examples=10)
 def test_temperature_zero_is_argmax(size, seed, steps):
     """temperature = 0 takes the likeliest token, and so does any temperature that is low enough."""
     B, L, V = size
@@ -653,33 +643,28 @@ def test_mask_among_the_tokens(size, seed, mask_id, order):
     def spared(xt, x0_prev):  # the same model, had it never heard of the mask
         return base(xt, x0_prev).index_fill(-1, torch.tensor(mask_id), -math.inf)
 
-    def disturbed(xt, x0_prev):  # the same model, with other logits at the visible positions
-        logits = denoiser(xt, x0_prev)
-        return torch.where((xt == mask_id)[..., None], logits, torch.randn_like(logits) * 100)
-
     x = sample(denoiser, torch.full((B, L), mask_id), mask_id, 3, order=order, generator=rng(seed))
     assert (x != mask_id).all()
     x0 = torch.randint(V - 1, (B, L), generator=rng(seed))
     x0 = x0 + (x0 >= mask_id)
-    for scored in (lambda f: diffusion_loss(f, x0, mask_id, generator=rng(seed)),
-                   lambda f: sampler_bound(f, x0, mask_id, 3, generator=rng(seed))):  # fmt: skip
-        found = scored(denoiser)
-        assert torch.isfinite(found).all() and torch.allclose(found, scored(spared))
-        assert torch.equal(found, scored(disturbed)), "a visible token was scored"
+    for score in (diffusion_loss, functools.partial(sampler_bound, steps=3)):
+        denoisers = denoiser, spared, disturbed(denoiser, mask_id)
+        found, without, other = (score(f, x0, mask_id, generator=rng(seed)) for f in denoisers)
+        assert torch.isfinite(found).all() and torch.allclose(found, without)
+        assert torch.equal(found, other), "a visible token was scored"
     assert all(torch.equal(*pair) for pair in kept), "the caller's logits were changed"
     assert all((p[..., mask_id] == 0).all() for p in signals if p is not None), "the mask was fed back"
 
 
-SENSELESS = [dict(steps=0), dict(temperature=-1), dict(temperature=math.nan), dict(top_p=0), dict(top_p=1.1),
-             dict(order="best"), dict(self_cond_rate=1.1)]  # fmt: skip
-
-
-@pytest.mark.parametrize("kw", SENSELESS)
-def test_a_setting_without_sense_is_refused(kw):
+def test_a_setting_without_sense_is_refused():
     """A setting that makes no sense is refused by its name, before any call of the model."""
-    x, loss = torch.full((1, 2), 3), "self_cond_rate" in kw
-    with pytest.raises(ValueError, match=f"^{next(iter(kw))} is "):
-        diffusion_loss(None, x, 3, **kw) if loss else sample(None, x, 3, **{"steps": 1, **kw})
+    x = torch.full((1, 2), 3)
+    for name, values in dict(steps=[0], temperature=[-1, math.nan], top_p=[0, 1.1], order=["best"]).items():
+        for value in values:
+            with pytest.raises(ValueError, match=f"^{name} is "):
+                sample(None, x, 3, **{"steps": 1, name: value})
+    with pytest.raises(ValueError, match="^self_cond_rate is "):
+        diffusion_loss(None, x, 3, self_cond_rate=1.1)
 
 
 @pytest.mark.parametrize("order", ["random", "confidence"])
@@ -688,6 +673,46 @@ def test_logits_that_are_no_distribution_are_not_silent(wrong, order):
     """A denoiser that gives NaN, +inf, or -inf for every token gets an error, not masks in the result."""
     with pytest.raises(ValueError, match="NaN or infinite at step 0"):
         sample(fixed(torch.tensor(wrong)), torch.full((2, 4), 3), 3, 2, order=order)
+
+
+class Alive(TorchDispatchMode):
+    """The most memory, `peak`, that large tensors hold at once, in units of one [B, L, V] of float32."""
+
+    def __init__(self, unit):
+        super().__init__()
+        self.unit, self.alive, self.peak = unit, {}, 0.0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_flatten(out)[0]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() > self.unit / 8:
+                storage = tensor.untyped_storage()
+                self.alive[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {key: (ref, size) for key, (ref, size) in self.alive.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()) / self.unit)
+        return out
+
+
+@pytest.mark.parametrize("B, L", [(8, 128), (1, 1024)])
+def test_memory_at_a_large_vocabulary(B, L):
+    """At V = 50,257 sampling holds little but the logits and the signal, and training the signal and what the
+    cross-entropy of the masked positions and its gradient need (`pytest -k memory -s` prints it)."""
+    V = 50257
+    torch.manual_seed(0)
+    model = add_self_conditioning(Transformer(Config(V, L, dim=8, depth=1, heads=1)))
+    x0 = torch.randint(V, (B, L), generator=rng(0))
+    t = (torch.arange(B) + 0.5) / B  # half of the positions are masked
+    peaks = {}
+    for unroll in (1, 3):
+        with Alive(4 * B * L * V) as alive:
+            diffusion_loss(model, x0, V, unroll=unroll, t=t, generator=rng(1)).mean().backward()
+        peaks[f"training, unroll {unroll}"] = alive.peak
+    with Alive(4 * B * L * V) as alive:  # 3 steps of 32; the others are like them
+        first_steps(3, model, torch.full((B, L), V), V, 32, rng(0))
+    peaks["sampling"] = alive.peak
+    for what, peak in peaks.items():
+        print(f"V 50257, B {B}, L {L}, {what}: {peak:.2f} tensors [B, L, V] of float32 at the peak")
+    assert peaks["sampling"] < 2.5 and max(peaks.values()) < 3.6
 
 
 def test_sampling_keeps_no_graph():
@@ -703,7 +728,6 @@ def test_sampling_keeps_no_graph():
 
 
 @given(seeds, st.floats(0.1, 1e4))
-@settings(max_examples=10)
 def test_adapted_equals_base(seed, scale):
     """Before its first step the adapted model is the pretrained one, bit for bit, for any signal."""
     base = tiny(seed=seed)
@@ -733,36 +757,24 @@ def test_the_cost_is_one_matrix():
 
 
 @given(seeds)
-@settings(max_examples=10)
 def test_no_signal_is_exactly_nothing(seed):
-    """All zeros and None are no signal: the adapter adds exactly zero. softmax(zeros) is a signal."""
-    model = tiny(seed=seed, adapted=True)
-    x = torch.randint(6, (2, 6), generator=rng(seed))
-    x[0, 0] = 5
-    zero = torch.zeros(2, 6, 5)
+    """The adapter adds exactly zero for None, for all zeros, and where the token is visible, even for NaN."""
+    model, zero = tiny(seed=seed, adapted=True), torch.zeros(2, 6, 5)
+    x = torch.randint(5, (2, 6), generator=rng(seed))
+    x[:, ::2] = 5
     assert not model.self_conditioning(x, zero).any() and not model.self_conditioning(x, None).any()
     assert model.self_conditioning(x, None).shape == (2, 6, 16)
     assert torch.equal(model(x, zero), model(x, None))
-    assert not torch.equal(model(x, zero.softmax(-1)), model(x, None))
-
-
-@given(seeds)
-@settings(max_examples=10)
-def test_visible_positions_get_nothing(seed):
-    """The signal is ignored where the token is visible, whatever it is, even NaN."""
-    model = tiny(seed=seed, adapted=True)
-    x = torch.randint(5, (2, 6), generator=rng(seed))
-    x[:, ::2] = 5
+    assert not torch.equal(model(x, zero.softmax(-1)), model(x, None)), "a uniform signal is a signal"
     x0_prev = torch.rand(2, 6, 5, generator=rng(seed)).softmax(-1)
+    added = model.self_conditioning(x, x0_prev)
+    assert not added[:, 1::2].any() and added[:, ::2].any()
     other = x0_prev.clone()
     other[:, 1::2] = math.nan
     assert torch.equal(model(x, x0_prev), model(x, other))
-    added = model.self_conditioning(x, x0_prev)
-    assert not added[:, 1::2].any() and added[:, ::2].any()
 
 
 @given(seeds, st.integers(1, 9))
-@settings(max_examples=10)
 def test_one_hot_signal_embeds_as_that_token(seed, V):
     """A one-hot signal adds W E[token]; a mixture the mixture. Also for an embedding of more rows."""
     torch.manual_seed(seed)
@@ -826,8 +838,8 @@ def test_rate_one_and_rate_zero(size, seed):
     assert torch.equal(full.x0_prev[1], full.logits[0].softmax(-1))
     loss = diffusion_loss(vanilla, x0, V, self_cond_rate=0.0, generator=rng(seed))
     assert len(vanilla.xt) == 1 and vanilla.x0_prev[0] is None and torch.equal(vanilla.xt[0], full.xt[0])
-    ignoring = diffusion_loss(lambda xt, p: toy(V, seed)(xt, None), x0, V, generator=rng(seed))
-    assert torch.equal(loss, ignoring), "a denoiser without signal has the vanilla loss at any rate"
+    same = diffusion_loss(ignoring_signal(toy(V, seed)), x0, V, generator=rng(seed))
+    assert torch.equal(loss, same), "a denoiser without signal has the vanilla loss at any rate"
 
 
 @pytest.mark.parametrize("unroll", [1, 3])
@@ -846,15 +858,14 @@ def test_an_unrolled_loss_draws_more_only_for_its_chain():
     """Draws are times, masks, who gets the signal, and for a chain alone its number of passes and calls."""
     x0, masks = torch.zeros(4, 9, dtype=torch.long), []
     one, rows, u = (torch.rand(shape, dtype=torch.float64, generator=rng(0)) for shape in (1, 4, (4, 9)))
-    for kw, draws in ((dict(), [one, u, rows]), (dict(unroll=1, t=rows), [u, rows]),
-                      (dict(unroll=5), [one, u, rows, one, rows]),
-                      (dict(unroll=5, self_cond_rate=0.0), [one, u, rows])):  # fmt: skip
+    for kw, more in ((dict(), []), (dict(unroll=5), [one, rows]), (dict(unroll=5, self_cond_rate=0.0), [])):
         spy = Spy(flat(3))
-        with replay(*draws):
+        with replay(one, u, rows, *more):
             diffusion_loss(spy, x0, 3, **kw)
-        if "t" not in kw:
-            masks.append(spy.xt[-1])
+        masks.append(spy.xt[-1])
     assert all(torch.equal(masks[0], xt) for xt in masks)
+    with replay(u, rows):
+        diffusion_loss(flat(3), x0, 3, t=rows)
 
 
 @given(sizes, seeds, st.integers(2, 6), schedules, st.sampled_from([0.3, 1.0]))
@@ -863,8 +874,9 @@ def test_the_chain_walks_as_the_sampler_does(size, seed, unroll, schedule, rate)
     before and the first none; where a time is above 1 there was no call, and the signal is exactly zero."""
     B, L, V = size
     x0, spy = torch.randint(V, (B, L), generator=rng(seed)), Spy(toy(V, seed))
-    draw = lambda i, *shape: torch.rand(shape, dtype=torch.float64, generator=rng(seed + i))  # noqa: E731
-    t, u, u_given, u_passes, u_calls = draw(0, B), draw(1, B, L), draw(2, B), draw(3, 1), draw(4, B)
+    shapes = enumerate((B, (B, L), B, 1, B))
+    draws = [torch.rand(shape, dtype=torch.float64, generator=rng(seed + i)) for i, shape in shapes]
+    t, u, u_given, u_passes, u_calls = draws
     kw = dict(unroll=unroll, self_cond_rate=rate, schedule=schedule)
     with replay(u, u_given, u_passes, u_calls):
         loss = diffusion_loss(spy, x0, V, t=t, **kw)
@@ -882,7 +894,7 @@ def test_the_chain_walks_as_the_sampler_does(size, seed, unroll, schedule, rate)
             assert ((spy.xt[call] == V) <= (spy.xt[call - 1] == V))[earlier <= 1].all(), "masks are nested"
     nll = (nll_of(spy.logits[-1], x0) * (spy.xt[-1] == V)).sum(1)
     weight = -schedule.dalpha(t) / (1 - schedule.alpha(t))
-    assert torch.allclose(loss.double(), weight * nll, rtol=1e-4), "only the last pass is scored"
+    assert torch.allclose(loss / weight, nll, rtol=1e-4, atol=1e-5), "only the last pass is scored"
 
 
 def test_passes_and_calls_are_drawn_evenly():
@@ -904,7 +916,6 @@ def test_passes_and_calls_are_drawn_evenly():
 
 
 @given(seeds, st.sampled_from([0.5, 1.0]), st.sampled_from([1, 4]))
-@settings(max_examples=12)
 def test_no_gradient_through_the_signal(seed, rate, unroll):
     """The gradients are those with the signal held constant, however many passes made it."""
     model = tiny(seed=seed, adapted=True)
@@ -915,8 +926,11 @@ def test_no_gradient_through_the_signal(seed, rate, unroll):
     assert [logits.requires_grad for logits in spy.logits] == [False] * (len(spy.xt) - 1) + [True]
     model.zero_grad()
     constant, calls = spy.x0_prev[-1].detach().clone(), iter(range(len(spy.xt)))
-    last = lambda xt, p: model(xt, constant if next(calls) == len(spy.xt) - 1 else p)  # noqa: E731
-    diffusion_loss(last, x0, 5, generator=rng(seed), **kw).sum().backward()
+
+    def held(xt, x0_prev):
+        return model(xt, constant if next(calls) == len(spy.xt) - 1 else x0_prev)
+
+    diffusion_loss(held, x0, 5, generator=rng(seed), **kw).sum().backward()
     assert all(torch.equal(a, p.grad) for a, p in zip(found, model.parameters()))
 
 
@@ -968,7 +982,10 @@ def test_a_foreign_model_can_be_adapted():
     embedding = torch.nn.Embedding(V + 1, D)
     body = torch.nn.Sequential(torch.nn.Linear(D * L, 64), torch.nn.ReLU(), torch.nn.Linear(64, V * L))
     adapter = SelfConditioning(embedding, V)
-    denoiser = lambda xt, p: body((embedding(xt) + adapter(xt, p)).flatten(1)).view(-1, L, V)  # noqa: E731
+
+    def denoiser(xt, x0_prev):
+        return body((embedding(xt) + adapter(xt, x0_prev)).flatten(1)).view(-1, L, V)
+
     x0 = torch.arange(L) * torch.randint(1, V, (512, 1), generator=rng(0)) % V
     optimiser = torch.optim.Adam([*embedding.parameters(), *body.parameters(), *adapter.parameters()], 3e-3)
     g, losses = rng(1), []
@@ -1013,11 +1030,7 @@ def numpy_weights(model):
     return {name: p.detach().numpy().astype(np.float64) for name, p in model.state_dict().items()}
 
 
-kinds, lengths = st.sampled_from(["vanilla", "adapted", "causal"]), st.sampled_from([1, 2, 5, 40])
-
-
-@given(seeds, kinds, st.booleans(), lengths)
-@settings(max_examples=25)
+@given(seeds, kinds, st.booleans(), st.sampled_from([1, 2, 5, 40]))
 def test_transformer_is_its_equations(seed, kind, positions, length):
     """The Transformer computes its equations: vanilla, adapted and causal, at any length up to its own."""
     adapted, causal = kind == "adapted", kind == "causal"
@@ -1031,7 +1044,6 @@ def test_transformer_is_its_equations(seed, kind, positions, length):
 
 
 @given(seeds, st.integers(0, 5))
-@settings(max_examples=10)
 def test_rows_are_independent_and_causal_is_causal(seed, position):
     """Logits do not depend on other rows; a causal model's not on later positions, and a denoiser's do."""
     x = torch.randint(6, (3, 6), generator=rng(seed))
@@ -1047,7 +1059,6 @@ def test_rows_are_independent_and_causal_is_causal(seed, position):
 
 
 @given(seeds)
-@settings(max_examples=10)
 def test_only_position_embeddings_tell_where_a_mask_stands(seed):
     """To nothing but masks the model answers the same everywhere, unless it has position embeddings."""
     for positions in (False, True):
@@ -1074,38 +1085,34 @@ def test_what_does_not_fit_is_refused():
     """Heads that do not divide dim into pairs of features are refused; so is too long a sequence."""
     with pytest.raises(ValueError, match="Config.dim is 20, expected a multiple of 2 \\* heads = 6"):
         Config(3, 4, dim=20, heads=3)
-    with pytest.raises(ValueError, match="xt has 7 positions, expected at most config.length = 6"):
+    with pytest.raises(ValueError, match="xt has 7 positions, expected at most 6"):
         tiny()(torch.zeros(1, 7, dtype=torch.long))
+
+
+def train_args(resume=False, **kw):
+    """What train_py.optimise wants of the command line."""
+    return types.SimpleNamespace(dtype="float32", compile=False, resume=resume, **kw)
 
 
 def golden_optimiser(model, x0, t, u_mask, u_given):
     """Three steps of train.py's optimiser, at the same noise each; {name: array}."""
-    model, steps, lr, warmup = copy.deepcopy(model), 3, 1e-2, 1
-    parameters, average = dict(model.named_parameters()), copy.deepcopy(model).requires_grad_(False)
-    matrices = [p for name, p in parameters.items() if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in parameters.items() if p.ndim != 2 or "embed" in name]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
-    losses, gradients = [], []
-    for step in range(steps):
+    model, losses = copy.deepcopy(model), []
+    gradients = {name: [] for name, _ in model.named_parameters()}
+    for name, p in model.named_parameters():  # before they are clipped
+        p.register_post_accumulate_grad_hook(lambda p, kept=gradients[name]: kept.append(p.grad.clone()))
+
+    def loss_of(model, batch, generator):
         with replay(u_mask, u_given):
-            loss = diffusion_loss(model, x0, 5, t=t).mean() / x0.shape[1]
-        optimiser.zero_grad()
-        loss.backward()
-        losses.append(loss)
-        gradients.append({name: p.grad.clone() for name, p in parameters.items()})
-        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-        for group in optimiser.param_groups:
-            group["lr"] = lr * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
-        optimiser.step()
-        decay = min(0.999, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
-    arrays = {"optimiser/loss": torch.stack(losses)}
-    for name in parameters:
-        arrays[f"optimiser/gradient/{name}"] = torch.stack([g[name] for g in gradients])
+            losses.append(diffusion_loss(model, x0, 5, t=t))
+        return losses[-1]
+
+    args = train_args(batch_size=4, weight_decay=0.05)
+    average = train_py.optimise(model, loss_of, x0.numpy(), args, 3, 1e-2, 0, Path("golden.state"), {})
+    arrays = {"optimiser/loss": torch.stack(losses).mean(1) / x0.shape[1]}
+    arrays |= {f"optimiser/gradient/{name}": torch.stack(kept) for name, kept in gradients.items()}
     for name in ("embed.weight", "self_conditioning.W", "blocks.0.qkv.weight"):
-        arrays[f"optimiser/live/{name}"] = parameters[name]
-        arrays[f"optimiser/average/{name}"] = average.state_dict()[name]
+        arrays[f"optimiser/live/{name}"] = model.get_parameter(name)
+        arrays[f"optimiser/average/{name}"] = average.get_parameter(name)
     return arrays
 
 
@@ -1127,7 +1134,6 @@ def make_golden():
     u_bound = rand.random((4, 8))
     noise = torch.tensor(x0), torch.tensor(t)
     predictions = []
-    keep = lambda k, x, x0_prev: predictions.append(x0_prev)  # noqa: E731
     with replay(u_mask, u_given):
         half = diffusion_loss(model, noise[0], 5, t=noise[1], self_cond_rate=0.5)
     with replay(u_mask, u_given):
@@ -1136,7 +1142,7 @@ def make_golden():
     with replay(u_mask, u_given, u_passes, u_calls):
         unrolled = diffusion_loss(model, noise[0], 5, t=noise[1], unroll=4)
     with replay(*(u for pair in zip(u_reveal, u_token) for u in pair)):
-        tokens = sample(model, torch.tensor(canvas), 5, 6, on_step=keep)
+        tokens = sample(model, torch.tensor(canvas), 5, 6, on_step=lambda k, x, p: predictions.append(p))
     with replay(u_bound):
         bound = sampler_bound(model, noise[0], 5, 6)
     judge = copy.deepcopy(model)
@@ -1161,20 +1167,18 @@ def make_golden():
 
 def test_golden_values_have_not_moved():
     """This code computes what data/golden.npz says: a port that agrees with the file agrees with the code."""
-    with np.load(golden.GOLDEN, allow_pickle=False) as file:
-        arrays = make_golden()
-        assert set(file.files) == set(arrays)
-        for name, array in arrays.items():
-            scale = max(1, np.abs(array).max())  # a loss at t = 0.001 weighs 1000
-            assert np.allclose(file[name], array, atol=1e-5 * scale, rtol=0), name
+    file, arrays = dict(np.load(golden.GOLDEN)), make_golden()
+    assert set(file) == set(arrays)
+    for name, array in arrays.items():
+        scale = max(1, np.abs(array).max())  # a loss at t = 0.001 weighs 1000
+        assert np.allclose(file[name], array, atol=1e-5 * scale, rtol=0), name
 
 
 def test_a_port_can_check_itself_step_by_step(tmp_path, capsys):
     """The port in plain NumPy, data/golden.py, reproduces all of data/golden.npz, and sees a wrong value."""
     assert golden.check()
     assert capsys.readouterr().out.count(": ok, largest difference") == 10
-    with np.load(golden.GOLDEN, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
+    arrays = dict(np.load(golden.GOLDEN))
     arrays["bound/bound"][2] += 0.01
     np.savez(tmp_path / "other.npz", **arrays)
     assert not golden.check(tmp_path / "other.npz")
@@ -1183,8 +1187,129 @@ def test_a_port_can_check_itself_step_by_step(tmp_path, capsys):
 
 
 # =============================================================================================
-# 5. Engineering: files, training, the command lines
+# 5. README.md: what it prints runs
 # =============================================================================================
+
+
+def printed(title, n=0):
+    """The n-th block of Python in a section of README.md."""
+    section = README.read_text(encoding="utf-8").split(f"## {title}\n")[1].split("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", section, re.S)[n]
+
+
+def test_the_method_in_readme_runs_as_printed():
+    """README's method runs when pasted, leaves no mask, and has diffusion_loss's value at the same noise."""
+    torch.manual_seed(0)
+    exec(printed("The method"), scope := {})
+    x, x0, f, V = (scope[name] for name in ("x", "x0", "f", "V"))
+    assert x.shape == x0.shape and x.max() < V and f.self_conditioning.W.grad is not None
+    u = torch.where(scope["xt"] == V, 0.0, 1.0).double()
+    with replay(u, torch.zeros(len(x0))):
+        expected = diffusion_loss(f, x0, V, t=scope["t"][:, 0])
+    assert torch.allclose(scope["loss"], expected.mean(), rtol=1e-4)
+
+
+def test_the_numbers_that_readme_gives_a_port():
+    """README's check without randomness gives the losses of half-masked text under the shipped models."""
+    domain, mask_id = data.get("text"), 61
+    x0 = torch.from_numpy(domain.load()[1][:128].astype(np.int64))[None]
+    xt = x0.clone()
+    xt[:, 1::2] = mask_id
+    base, adapted = (load(sample_py.SHIPPED / "text" / f"{name}.npz") for name in ("base", "rate1"))
+    with torch.no_grad():
+        logits = [base(xt), adapted(xt), adapted(xt, adapted(xt).softmax(-1))]
+    losses = [scmdm.masked_nll(z, x0, xt == mask_id, mask_id).item() for z in logits]
+    assert "{:.2f}, {:.2f} and {:.2f} nats".format(*losses) in README.read_text(encoding="utf-8")
+
+
+class MaskedLM(torch.nn.Module):
+    """A masked language model that is called like those of transformers, for where that is not installed."""
+
+    def __init__(self, V, D=32):
+        super().__init__()
+        self.config = types.SimpleNamespace(vocab_size=V, pad_token_id=0)
+        self.embed, self.norm = torch.nn.Embedding(V, D), torch.nn.LayerNorm(D)
+        self.up = torch.nn.Linear(2 * D, D)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None):
+        h = self.norm(self.embed(input_ids) if inputs_embeds is None else inputs_embeds)
+        seen = attention_mask[..., None]
+        mean = ((h * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True)).expand_as(h)
+        h = self.up(torch.cat((h, mean), -1)).relu()
+        return types.SimpleNamespace(logits=h @ self.embed.weight.T)
+
+
+@pytest.mark.parametrize("name", ["stand-in", "Bert", "ModernBert"])
+def test_the_recipe_for_your_own_model_runs_as_printed(name, tmp_path, monkeypatch):
+    """README's recipe makes the pretrained model's equal, which then learns, W too, and fills only blanks."""
+    monkeypatch.chdir(tmp_path)  # the recipe saves a file
+    torch.manual_seed(0)
+    V, pad, cls, sep, mask_id = 24, 0, 1, 2, 3
+    if name == "stand-in":
+        model = MaskedLM(V)
+    else:
+        hf = pytest.importorskip("transformers")
+        size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+        config = getattr(hf, name + "Config")(vocab_size=V, pad_token_id=pad, **size)
+        model = hf.AutoModelForMaskedLM.from_config(config)
+    x0 = torch.randint(8, 10, (60, 16, 1)).repeat(1, 1, 8)
+    x0[..., 0], x0[..., 6], x0[..., 7] = cls, sep, pad  # 60 batches of five times 8 or five times 9
+    losses = []
+
+    def batches():
+        for x in x0:
+            yield x, x == pad
+            losses.append(scope["loss"].item())
+
+    scope = dict(model=model, mask_id=mask_id, special_ids=[pad, cls, sep, mask_id], batches=batches())
+    recipe = printed("Adapt your own model").replace("2e-5", "1e-2", 1)  # this model is not pretrained
+    build, train = recipe.split("optimizer =")
+    exec(build, scope)
+    xt = torch.where((x0[0] >= 8) & (torch.rand(16, 8) < 0.5), mask_id, x0[0])
+    plain = model(input_ids=xt, attention_mask=(xt != pad).long()).logits
+    assert all(torch.equal(scope["denoiser"](xt, p), plain) for p in (None, torch.rand(16, 8, V)))
+    exec("optimizer =" + train, scope)
+    W = scope["denoiser"].adapter.W
+    assert W.grad.norm() > 0 and W.abs().max() > 5e-3 and torch.load("denoiser.pt")["adapter.W"].equal(W)
+    assert sum(losses[:10]) > 2 * sum(losses[-10:])
+    prompt = torch.tensor([[cls, 11, mask_id, mask_id, 12, mask_id, sep, pad]])
+    mine = sample(scope["denoiser"], prompt, mask_id, 8, temperature=0)
+    assert (scope["canvas"] == mask_id).equal(x0[-1] >= 8)
+    for canvas, tokens in ((scope["canvas"], scope["tokens"]), (prompt, mine)):
+        blank = canvas == mask_id
+        assert not (tokens == mask_id).any() and tokens[~blank].equal(canvas[~blank])
+    assert set(mine[prompt == mask_id].tolist()) <= {8, 9}
+
+
+def test_the_hook_of_the_recipe_is_the_same_adapter():
+    """README's hook gives the built-in adapter's logits and gradient; a copy's hook is the copy's own."""
+    torch.manual_seed(0)
+    exec(printed("Adapt your own model", 1), scope := {"torch": torch, "SelfConditioning": SelfConditioning})
+    model = Transformer(Config(vocab_size=7, length=6, dim=16, depth=1, heads=2))
+    built_in = add_self_conditioning(model)
+    hooked = scope["HookedDenoiser"](model, model.embed, 7)
+    copied = copy.deepcopy(hooked)
+    W = torch.nn.init.normal_(built_in.self_conditioning.W)
+    copied.adapter.load_state_dict({"W": W})
+    x0, xt, x0_prev = torch.randint(0, 7, (4, 6)), torch.randint(5, 8, (4, 6)), torch.rand(4, 6, 7)
+    for given_ in (None, x0_prev, None):
+        assert torch.equal(copied(xt, given_), built_in(xt, given_))
+        assert torch.equal(hooked(xt, given_), built_in(xt))
+    for denoiser in (copied, built_in):
+        diffusion_loss(denoiser, x0, 7, unroll=3, generator=rng(1)).sum().backward()
+    assert torch.equal(copied.adapter.W.grad, W.grad) and W.grad.norm() > 0 and hooked.adapter.W.grad is None
+
+
+# =============================================================================================
+# 6. Engineering: files, training, data, the command lines
+# =============================================================================================
+
+
+def same_weights(model, other):
+    return all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("kind", ["vanilla", "adapted", "causal", "half", "bfloat16"])
@@ -1196,24 +1321,22 @@ def test_save_and_load(tmp_path, kind):
     again = load(path)
     assert again.config == model.config and again.info == {"vocab": list("añ\n☃é"), "steps": 3}
     assert list(again.state_dict()) == list(model.state_dict())
-    for p, q in zip(model.parameters(), again.parameters()):
-        assert q.dtype == torch.float32 and q.requires_grad and torch.equal(p.float(), q)
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in again.parameters())
+    assert same_weights(model.float(), again)
     x, x0_prev = torch.randint(6, (2, 6), generator=rng(0)), torch.rand(2, 6, 5)
-    assert torch.equal(model.float()(x, x0_prev), again(x, x0_prev))
-    with np.load(path, allow_pickle=False) as file:
-        assert file["embed.weight"].dtype == (np.float16 if kind == "half" else np.float32)
+    assert torch.equal(model(x, x0_prev), again(x, x0_prev))
+    assert np.load(path)["embed.weight"].dtype == (np.float16 if kind == "half" else np.float32)
     save(path, again, steps=4)
     assert load(path).info == {"vocab": list("añ\n☃é"), "steps": 4}, "what was remembered is forgotten"
     assert [f.name for f in tmp_path.iterdir()] == ["m.npz"], "a temporary file was left"
 
 
 def test_the_header_opens_anywhere(tmp_path):
-    """The header is UTF-8 JSON in a uint8 array, which readers in other languages know; the Unicode string of
-    older files is read too, and arrays of the other byte order."""
+    """The header is UTF-8 JSON in a uint8 array, which any language reads; load() reads the Unicode string of
+    older files too, and arrays of the other byte order."""
     path = tmp_path / "m.npz"
     save(path, tiny(), vocab=["ñ", "☃"])
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
+    arrays = dict(np.load(path))
     header = arrays.pop("header")
     assert header.dtype == np.uint8 and header.ndim == 1 and "ñ".encode() in header.tobytes()
     header = json.loads(header.tobytes().decode("utf-8"))
@@ -1223,7 +1346,7 @@ def test_the_header_opens_anywhere(tmp_path):
     np.savez(path, header=np.array(json.dumps(header)), **arrays)
     model = load(path)
     assert model.info == {"vocab": ["ñ", "☃"]} and model.config == tiny().config
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), tiny().parameters()))
+    assert same_weights(model, tiny())
 
 
 def test_a_file_that_is_no_model_is_refused(tmp_path):
@@ -1241,8 +1364,8 @@ def test_a_file_that_is_no_model_is_refused(tmp_path):
     np.save(array, np.zeros(3))
     with zipfile.ZipFile(foreign, "w") as z:
         z.writestr("header", "hello")
-    with np.load(path) as file:
-        np.savez(other, **{**file, "head.weight": file["head.weight"][:2]})
+    arrays = dict(np.load(path))
+    np.savez(other, **arrays | {"head.weight": arrays["head.weight"][:2]})
     cases = [b"", b"hello", whole[:100], whole[: len(whole) // 2], whole[:-1]]
     for content in cases + [f.getvalue() for f in (pickled, array, foreign, other)]:
         path.write_bytes(content)
@@ -1254,63 +1377,50 @@ def test_a_file_that_is_no_model_is_refused(tmp_path):
         load(tmp_path / "gone.npz")
 
 
+def full_disk(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
     """If writing fails, on a full disk say, the file that was there stays as it was; nothing else is left."""
     path = tmp_path / "m.npz"
     save(path, tiny(seed=1))
     before = path.read_bytes()
-
-    def full_disk(f, **arrays):
-        f.write(b"half of it")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(np, "savez", full_disk)
+    monkeypatch.setattr(np, "savez", lambda f, **arrays: (f.write(b"half of it"), full_disk()))
     with pytest.raises(OSError, match="No space left on device: .*m.npz"):
         save(path, tiny(seed=2))
     assert path.read_bytes() == before and [f.name for f in tmp_path.iterdir()] == ["m.npz"]
 
 
-def run_command(monkeypatch, capsys, script, *words):
-    """A command line, run in this process: (exit status, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, words)])
-    code = 0
-    try:
-        sample_py.run(script.main)
-    except SystemExit as stop:
-        code = stop.code
-    return code, *capsys.readouterr()
-
-
 def optimise(tmp_path, rate=1.0, unroll=1, loss_of=None, resume=False, lr=1e-2, steps=12, **what):
     """A short training of a tiny adapted model on random tokens."""
-    args = types.SimpleNamespace(batch_size=4, weight_decay=0.1, dtype="float32", compile=False, resume=resume)
+    args = train_args(batch_size=4, weight_decay=0.1, resume=resume)
     stream = np.random.default_rng(0).integers(0, 5, 400)
     model, state = add_self_conditioning(tiny(seed=4)), tmp_path / "rate1.state"
     loss_of = loss_of or train_py.diffusion_at(rate, unroll)
     return train_py.optimise(model, loss_of, stream, args, steps, lr, 3, state, {"steps": steps} | what)
 
 
-def stopping_at(step, error):
-    """The loss of rate 1, in which something happens at the given call."""
-    calls = []
-
-    def loss_of(model, x0, generator):
-        calls.append(x0)
-        if len(calls) == step + 1:
-            raise error
-        return train_py.diffusion_at(1.0)(model, x0, generator)
-
-    return loss_of
+def loss_times(factor):
+    """The loss at rate 1, times factor(k, x0, generator) at step k."""
+    steps, plain = itertools.count(), train_py.diffusion_at(1.0)
+    return lambda model, x0, generator: plain(model, x0, generator) * factor(next(steps), x0, generator)
 
 
 def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch):
-    """A run that was stopped at any point goes on from its last state to the same weights, bit for bit."""
+    """A run that was stopped goes on from its last state to the same weights, bit for bit; a damaged state or
+    that of another run is refused."""
     whole = optimise(tmp_path)
     monkeypatch.setattr(train_py, "STATE_EVERY", 0)
+
+    def stop(step, x0, generator):
+        if step == 5:
+            raise KeyboardInterrupt
+        return 1
+
     with pytest.raises(KeyboardInterrupt):
-        optimise(tmp_path, loss_of=stopping_at(5, KeyboardInterrupt()))
-    again = optimise(tmp_path, resume=True)
-    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters()))
+        optimise(tmp_path, loss_of=loss_times(stop))
+    assert same_weights(whole, optimise(tmp_path, resume=True))
     with pytest.raises(SystemExit):
         optimise(tmp_path, resume=True, base=7)  # what it was made from differs
     (tmp_path / "rate1.state").write_bytes(b"damaged")
@@ -1321,28 +1431,18 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch):
 def test_a_full_disk_does_not_stop_a_run(tmp_path, monkeypatch, capsys):
     """A state that cannot be written is a warning, and the training goes on to the same end."""
     whole = optimise(tmp_path)
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr(train_py, "STATE_EVERY", 0)
-    monkeypatch.setattr(torch, "save", full)
-    again = optimise(tmp_path)
+    monkeypatch.setattr(torch, "save", full_disk)
+    assert same_weights(whole, optimise(tmp_path))
     assert "No space left on device" in capsys.readouterr().err
-    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters()))
 
 
 def test_a_nan_stops_the_run_and_leaves_a_way_on(tmp_path, monkeypatch):
-    """A gradient that is not finite changes nothing: the last state is good, and goes on with another learning rate."""
+    """A gradient that is not finite changes nothing, and the run can go on from its last state."""
     monkeypatch.setattr(train_py, "STATE_EVERY", 0)
-    calls = []
-
-    def failing(model, x0, generator):
-        calls.append(1)
-        return train_py.diffusion_at(1.0)(model, x0, generator) * (math.nan if len(calls) == 7 else 1)
-
+    nan = loss_times(lambda step, x0, generator: math.nan if step == 6 else 1)
     with pytest.raises(ValueError, match="stopped at step 6, loss nan; --resume with a lower --lr"):
-        optimise(tmp_path, loss_of=failing)
+        optimise(tmp_path, loss_of=nan)
     state = torch.load(tmp_path / "rate1.state", weights_only=True)
     assert state["step"] == 6 and all(p.isfinite().all() for p in state["model"].values())
     assert all(p.isfinite().all() for p in optimise(tmp_path, resume=True, lr=1e-3).parameters())
@@ -1350,54 +1450,56 @@ def test_a_nan_stops_the_run_and_leaves_a_way_on(tmp_path, monkeypatch):
 
 def test_every_step_sees_another_batch_and_other_noise(tmp_path):
     """No batch and no noise of a run comes twice."""
-    seen = []
+    batches, noise = set(), set()
 
-    def loss_of(model, x0, generator):
-        seen.append((tuple(x0.flatten().tolist()), torch.rand(1, generator=generator).item()))
-        return train_py.diffusion_at(1.0)(model, x0, generator)
+    def remember(step, x0, generator):
+        batches.add(tuple(x0.flatten().tolist()))
+        noise.add(torch.rand(1, generator=generator).item())
+        return 1
 
-    optimise(tmp_path, loss_of=loss_of)
-    assert all(len(set(column)) == 12 for column in zip(*seen))
+    optimise(tmp_path, loss_of=loss_times(remember), steps=12)
+    assert len(batches) == len(noise) == 12
 
 
 def test_training_learns(tmp_path):
     """Training lowers the loss: on sequences that count upwards, to nearly what cannot be known."""
-    args = types.SimpleNamespace(batch_size=32, weight_decay=0.0, dtype="float32", compile=False, resume=False)
+    args, state = train_args(batch_size=32, weight_decay=0.0), tmp_path / "x.state"
     rows = (np.arange(6) + np.arange(5)[:, None]) % 5
     torch.manual_seed(0)
     model = Transformer(Config(5, 6, dim=32, depth=2, heads=2))
     before, _ = train_py.validate(model, np.repeat(rows, 8, 0))
-    average = train_py.optimise(model, train_py.diffusion_at(0), rows, args, 300, 5e-3, 0, tmp_path / "x.state", {})
+    average = train_py.optimise(model, train_py.diffusion_at(0), rows, args, 300, 5e-3, 0, state, {})
     after, by_share = train_py.validate(average, np.repeat(rows, 8, 0))
     assert before > 1.4 and after < 1.3 * math.log(5) / 6  # one token tells all: log 5 nats for each sequence
     assert float(by_share[0]) < 0.1
 
 
+ARMS = [(0.0, 1), (0.5, 1), (1.0, 1), (1.0, 4)]  # rate, unroll
+
+
+def train_arms(folder):
+    """What each of several processes does: train every arm; the first process keeps the weights."""
+    torch.distributed.init_process_group("gloo")
+    weights = [optimise(Path(folder), *arm).state_dict() for arm in ARMS]
+    if os.environ["RANK"] == "0":
+        torch.save(weights, Path(folder) / "weights.pt")
+    torch.distributed.destroy_process_group()
+
+
 def test_several_processes_train_the_model_of_one(tmp_path):
-    """Two processes give the weights that one gives with the same global batch, to float error, at any rate and unrolled;
-    at rate 0 too, at which W gets no gradient."""
-    arms = [(0.0, 1), (0.5, 1), (1.0, 1), (1.0, 4)]
-    script = tmp_path / "two.py"
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import os, torch, torch.distributed as dist\n"
-        "from pathlib import Path\n"
-        "import test_scmdm as tests\n"
-        "dist.init_process_group('gloo')\n"
-        f"for i, (rate, unroll) in enumerate({arms}):\n"
-        f"    model = tests.optimise(Path({str(tmp_path)!r}), rate, unroll)\n"
-        f"    if os.environ['RANK'] == '0': torch.save(model.state_dict(), {str(tmp_path)!r} + f'/{{i}}.pt')\n"
-        "dist.destroy_process_group()\n"
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    done = subprocess.run(launch, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    """Two processes give the weights that one gives with the same global batch, to float error, at any rate
+    (at 0 too, at which W gets no gradient) and unrolled."""
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 --no-python".split()
+    worker = [sys.executable, "-c", f"import test_scmdm; test_scmdm.train_arms({str(tmp_path)!r})"]
+    command = [sys.executable, *torchrun, *worker]
+    done = subprocess.run(command, cwd=HERE, env=ONE_THREAD, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for i, (rate, unroll) in enumerate(arms):
-        one, two = optimise(tmp_path, rate, unroll).state_dict(), torch.load(tmp_path / f"{i}.pt", weights_only=True)
-        assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one), (rate, unroll)
+    for arm, two in zip(ARMS, torch.load(tmp_path / "weights.pt", weights_only=True), strict=True):
+        one = optimise(tmp_path, *arm).state_dict()
+        assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one), arm
 
 
-SMALL = ["--dim", "16", "--depth", "1", "--heads", "2", "--steps", "3", "--batch-size", "4"]
+SMALL = "--dim 16 --depth 1 --heads 2 --steps 3 --batch-size 4".split()
 
 
 @pytest.fixture(scope="module")
@@ -1406,160 +1508,174 @@ def own(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     (folder / "novel.txt").write_text("a quick brown fox jumps over the lazy dog_\n" * 640)
     common = ["train.py", "--data", str(folder / "novel.txt"), "--length", "24", "--out", str(folder)]
+    adapt = "adapt --steps 3 --batch-size 4 -n 0 --rates 0 0.5 1 --unroll 1 3".split()
     with pytest.MonkeyPatch.context() as patch:
-        adapt = ["adapt", "--steps", "3", "--batch-size", "4", "-n", "0", "--rates", "0", "0.5", "1", "--unroll", "1", "3"]
         for words in (["pretrain", *SMALL], ["judge", *SMALL], adapt):
             patch.setattr(sys, "argv", [*common, "--stage", *words])
             sample_py.run(train_py.main)
     return folder
 
 
-def test_own_text_end_to_end(own, monkeypatch, capsys, tmp_path):
-    """One's own text is trained on, adapted at every rate, one file each, sampled, infilled, filmed, saved and measured."""
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """A function that runs a script with a command line, in this process, and expects an exit status; it
+    returns what was printed, by a success to stdout, by a failure to stderr."""
+
+    def call(script, *words, status=0):
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, words)])
+        code = 0
+        try:
+            sample_py.run(script.main)
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        assert code == status and "Traceback" not in err, err
+        return err if status else out
+
+    return call
+
+
+def first_column(printed):
+    """The first column of the table in what was printed, without its head."""
+    cells = [line.split(" | ")[0].strip() for line in printed.splitlines() if " | " in line]
+    assert cells[:2] == ["model", "-" * max(map(len, cells))]
+    return cells[2:]
+
+
+def test_own_text_end_to_end(own, call, monkeypatch, tmp_path):
+    """One's own text is trained on, adapted at every rate, sampled, infilled, filmed, saved and measured."""
     arms = {"rate0", "rate0.5", "rate0.5-unroll3", "rate1", "rate1-unroll3"}
     assert {f.stem for f in own.glob("*.npz")} >= {"base", "judge", *arms}
-    call = lambda *words: run_command(monkeypatch, capsys, sample_py, "--models", own, "--steps", 4, *words)  # noqa: E731
-    code, out, err = call("--prompt", r"fox ____ dog\_", "-n", 3, "--save", tmp_path / "x.jsonl", "--film", tmp_path / "x.svg")
-    assert code == 0 and "base" in out and "SCMDM unroll 3" in out and out.count("fox ") >= 6, err
-    records = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
-    assert len(records) == 6 and all(r["text"].startswith("fox ") and r["text"][8:13] == " dog_" for r in records)
-    assert all(len(r["text"]) == 24 for r in records) and (tmp_path / "x.svg").read_text().startswith("<svg")
-    code, out, err = call("--prompt", "fox ____ dog", "--length", 12, "-n", 1, "--model", "rate0.5", "--watch")
-    assert code == 0 and "SCMDM rate 0.5" in out and "call 4" in out and "call 5" not in out, err
-    code, out, err = call("--evaluate", "-n", 4, "--temperature", 0.8, 1)
-    table = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("| ")]
-    assert code == 0 and table == ["model", "-" * max(map(len, table)), "real", "base", "base, trained on",
-                                   "SCMDM rate 0.5", "SCMDM rate 0.5 unroll 3", "SCMDM (the paper's)", "SCMDM unroll 3"], err  # fmt: skip
+    use = functools.partial(call, sample_py, "--models", own, "--steps", 4)
+    film, samples = tmp_path / "x.svg", tmp_path / "x.jsonl"
+    out = use("--prompt", r"fox ____ dog\_", "-n", 3, "--save", samples, "--film", film)
+    assert "base" in out and "SCMDM unroll 3" in out and out.count("fox ") >= 6
+    texts = [json.loads(line)["text"] for line in samples.read_text().splitlines()]
+    assert len(texts) == 6 and film.read_text().startswith("<svg")
+    assert all(text.startswith("fox ") and text[8:13] == " dog_" and len(text) == 24 for text in texts)
+    out = use("--prompt", "fox ____ dog", "--length", 12, "-n", 1, "--model", "rate0.5", "--watch")
+    assert "SCMDM rate 0.5" in out and "call 4" in out and "call 5" not in out
+    out = use("--evaluate", "-n", 4, "--temperature", 0.8, 1)
+    scmdm_arms = ["SCMDM rate 0.5", "SCMDM rate 0.5 unroll 3", "SCMDM (paper)", "SCMDM unroll 3"]
+    assert first_column(out) == ["real", "base", "control", *scmdm_arms]
     rows = results.read_csv(own / "results.csv")
     assert len(rows) == 1 + 6 * 2 + 4 * 3, "real data, each model at each temperature, three other signals"
-    assert all(row["gen. ppl"] > 1 for row in rows if "signal" not in row) and "Does the signal" in out
+    assert all(row["gen. ppl"] > 1 for row in rows if "signal" not in row) and "another signal" in out
     monkeypatch.setattr(sample_py, "generate", None)  # what is in the file is not measured again
-    assert call("--evaluate", "-n", 4, "--temperature", 0.8, 1)[1] == out
+    assert use("--evaluate", "-n", 4, "--temperature", 0.8, 1) == out
 
 
-def test_nothing_finished_is_destroyed(own, monkeypatch, capsys, tmp_path):
-    """A finished model is never written over; --resume keeps it, if it was made from the same data, base and settings."""
-    call = lambda *words: run_command(monkeypatch, capsys, train_py, "--data", own / "novel.txt", "--length", 24,  # noqa: E731
-                                      "--out", own, "-n", 0, "--batch-size", 4, "--rates", 1, "--unroll", 1, *words)  # fmt: skip
+def test_nothing_finished_is_destroyed(own, call, tmp_path):
+    """A finished model is never written over; --resume keeps it, if data, base and settings are the same."""
+    common = ["--data", own / "novel.txt", "--length", 24, "--out", own, "-n", 0, "--batch-size", 4]
+    train = functools.partial(call, train_py, *common, "--rates", 1, "--unroll", 1, "--steps")
     before = (own / "rate1.npz").read_bytes()
-    code, _, err = call("--steps", 3)
-    assert code == 2 and "rate1.npz is there already: --resume keeps it" in err
-    code, _, err = call("--steps", 4, "--resume")
-    assert code == 2 and "steps is 3, now 4" in err
-    assert call("--steps", 3, "--resume")[0] == 0 and (own / "rate1.npz").read_bytes() == before
+    assert "rate1.npz is there already: --resume keeps it" in train(3, status=2)
+    assert "steps is 3, now 4" in train(4, "--resume", status=2)
+    train(3, "--resume")
+    assert (own / "rate1.npz").read_bytes() == before
     other = tmp_path / "base.npz"
     model = load(own / "base.npz")
     model.head.weight.data += 0.1
     save(other, model)
-    code, _, err = call("--steps", 3, "--resume", "--init", other)
-    assert code == 2 and "is another base" in err
-    mixed = tmp_path / "mixed"
-    mixed.mkdir()
-    (mixed / "base.npz").write_bytes(other.read_bytes())
-    (mixed / "rate1.npz").write_bytes(before)
-    code, _, err = run_command(monkeypatch, capsys, sample_py, "--models", mixed)
-    assert code == 2 and "adapted from another base" in err
-    held = train_py.alone_in(own)
-    code, _, err = call("--steps", 3, "--resume")
-    assert code == 2 and "another run is training there" in err
-    held.close()
+    assert "is another base" in train(3, "--resume", "--init", other, status=2)
+    (tmp_path / "rate1.npz").write_bytes(before)
+    assert "adapted from another base" in call(sample_py, "--models", tmp_path, status=2)
+    with train_py.alone_in(own):
+        assert "another run is training there" in train(3, "--resume", status=2)
 
 
-def test_the_main_job(monkeypatch, capsys, tmp_path):
-    """`train.py` alone pretrains on Sudoku from nothing, adapts, and ends with a table whose last row is the truth."""
-    monkeypatch.setitem(train_py.DEFAULTS, "sudoku", dict(dim=16, depth=1, batch_size=4, pretrain=3, adapt=2, calls=[2, 3]))
-    code, out, err = run_command(monkeypatch, capsys, train_py, "--out", tmp_path, "-n", 4)
-    rows = [line.split("|")[1:-1] for line in out.splitlines() if line.startswith("| ")]
-    names = [row[0].strip() for row in rows[2:]]
-    arms = ["base", "base, trained on", "SCMDM (the paper's)", "SCMDM unroll 16"]
-    assert code == 0 and names == ["real", *arms, *arms, "the truth"], err
-    assert rows[-1][2].strip() == "17.15" and max(map(len, out.splitlines())) <= 100
+def test_the_main_job(call, monkeypatch, tmp_path):
+    """train.py alone pretrains on Sudoku, adapts, and ends with a table whose last row is the truth."""
+    small = dict(dim=16, depth=1, batch_size=4, pretrain=3, adapt=2, calls=[2, 3])
+    monkeypatch.setitem(train_py.DEFAULTS, "sudoku", small)
+    out = call(train_py, "--out", tmp_path, "-n", 4)
+    table = out[out.index("model ") :].split("bound:")[0]
+    arms = ["base", "control", "SCMDM (paper)", "SCMDM unroll 16"]
+    assert first_column(table) == ["real", *arms, *arms, "the truth"]
+    lines = table.splitlines()
+    assert lines[-1].split(" | ")[2].strip() == "17.15" and max(map(len, lines)) <= 80
     assert "sample.py --models" in out.splitlines()[-1]
-    one = (tmp_path / "results.csv").read_text()
-    assert run_command(monkeypatch, capsys, train_py, "--out", tmp_path, "-n", 4, "--resume")[0] == 0
-    assert (tmp_path / "results.csv").read_text() == one
+    measured = (tmp_path / "results.csv").read_text()
+    call(train_py, "--out", tmp_path, "-n", 4, "--resume")  # measures nothing again
+    assert (tmp_path / "results.csv").read_text() == measured
 
 
 @pytest.mark.parametrize("kind", ["lines", "rows", "stream"])
-def test_own_sequences(tmp_path, monkeypatch, capsys, kind):
-    """One sequence per line, rows of integers, or one stream of them with its vocabulary, are trained on and sampled too."""
-    path, prompt = tmp_path / "data.npy", "3 11 __ 4"
-    more = {"lines": ["--lines", "--length", 7], "rows": [], "stream": ["--length", 7, "--vocab", tmp_path / "words.txt"]}[kind]
+def test_own_sequences(kind, call, tmp_path):
+    """One sequence per line, rows of integers and one stream of them are trained on and sampled like text."""
+    path, words = tmp_path / "data.npy", tmp_path / "words.txt"
+    numbers = np.random.default_rng(0).integers(0, 12, (60, 7))
     if kind == "lines":
-        path, prompt = tmp_path / "data.txt", "he__o"
+        path, prompt, flags = tmp_path / "data.txt", "he__o", ["--lines", "--length", 7]
         path.write_text("\n".join(["hello", "bee", "a", "seventh", "much too long"] * 9))
     elif kind == "rows":
-        np.save(path, np.random.default_rng(0).integers(0, 12, (40, 7)))
+        prompt, flags = "3 11 __ 4", []
+        np.save(path, numbers)
     else:
-        prompt = "w3 w11 __ w4"
-        np.save(path, np.random.default_rng(0).integers(0, 12, 400))
-        (tmp_path / "words.txt").write_text("\n".join(f"w{i}" for i in range(12)))
-    code, out, err = run_command(monkeypatch, capsys, train_py, "--data", path, "--stage", "pretrain", "--out", tmp_path, *more, *SMALL)
-    assert code == 0 and ("9 of 45 lines are longer than 7" in out) == (kind == "lines"), err
+        prompt, flags = "w3 w11 __ w4", ["--length", 7, "--vocab", words]
+        np.save(path, numbers.flatten())
+        words.write_text("\n".join(f"w{i}" for i in range(12)))
+    out = call(train_py, "--data", path, "--stage", "pretrain", "--out", tmp_path, *flags, *SMALL)
+    assert ("9 of 45 lines are longer than 7" in out) == (kind == "lines")
     assert load(tmp_path / "base.npz").config.length == (8 if kind == "lines" else 7)
-    code, out, err = run_command(monkeypatch, capsys, sample_py, "--models", tmp_path, "--prompt", prompt, "--steps", 3, "-n", 70)
-    assert code == 0 and out.count(prompt.split("_")[0]) == 70, err
-    code, out, err = run_command(monkeypatch, capsys, sample_py, "--models", tmp_path, "--evaluate", "-n", 2, "--steps", 2)
-    assert code == 0 and "real" in out, err
+    use = functools.partial(call, sample_py, "--models", tmp_path)
+    assert use("--prompt", prompt, "--steps", 3, "-n", 70).count("\n" + prompt.split("_")[0]) == 70
+    assert "real" in use("--evaluate", "-n", 2, "--steps", 2)
     path.unlink()
-    assert run_command(monkeypatch, capsys, sample_py, "--models", tmp_path, "--steps", 2)[0] == 0, "sampling needs no data"
-    assert "the data is no longer there" in run_command(monkeypatch, capsys, sample_py, "--models", tmp_path, "--evaluate")[2]
+    use("--steps", 2)  # sampling needs no data
+    assert "the data is no longer there" in use("--evaluate", status=2)
 
 
-TRAIN, SAMPLE = train_py, sample_py
+BAD_INPUT = {  # OWN is the folder of the fixture
+    "train --steps 0": "argument --steps: 0 is not between 1 and inf",
+    "train --rates 1.5": "argument --rates: 1.5 is not between 0 and 1",
+    "train --stage pretrain --seeds 2": "--seeds has no effect with --stage pretrain",
+    "train --dim 8": "--dim has no effect with --stage adapt",
+    "train --stage pretrain --dim 30": "Config.dim is 30",
+    "train --data missing.txt": "--data missing.txt: no such file",
+    "train --data empty.txt": "0 tokens, expected at least",
+    "train --data binary.txt": "not UTF-8",
+    "train --data floats.npy": "expected integers",
+    "train --data text --lines": "for a file of your own",
+    "train --init missing.npz": "missing.npz: No such file",
+    "train --init OWN/base.npz": "base.npz: a base of other tokens than sudoku",
+    "train --data OWN/novel.txt --length 24 --init OWN/rate1.npz": "not a base",
+    "sample --models nowhere": "no base.npz there",
+    "sample --models OWN --data dna": "models of novel, expected dna",
+    "sample --models OWN --model rate7": "no rate7.npz there",
+    "sample --models OWN --prompt Zoë": "--prompt has 'Z', which the model has never seen",
+    "sample --models OWN --prompt _________________________": "--prompt has 25 tokens, expected at most 24",
+    "sample --models OWN --temperature -1": "temperature is -1",
+    "sample --models OWN --device tpu": "--device tpu: there is none",
+    "sample --models broken": "base.npz: not a model file",
+}
 
 
-@pytest.mark.parametrize(
-    "script, words, says",
-    [
-        (TRAIN, ["--steps", "0"], "argument --steps: 0 is not between 1 and inf"),
-        (TRAIN, ["--rates", "1.5"], "argument --rates: 1.5 is not between 0 and 1"),
-        (TRAIN, ["--stage", "pretrain", "--seeds", "2"], "--seeds has no effect with --stage pretrain"),
-        (TRAIN, ["--dim", "8"], "--dim has no effect with --stage adapt"),
-        (TRAIN, ["--stage", "pretrain", "--dim", "30"], "Config.dim is 30"),
-        (TRAIN, ["--data", "missing.txt"], "--data missing.txt: no such file"),
-        (TRAIN, ["--data", "{tmp}/empty.txt"], "0 tokens, expected at least"),
-        (TRAIN, ["--data", "{tmp}/binary.txt"], "not UTF-8"),
-        (TRAIN, ["--data", "{tmp}/floats.npy"], "expected integers"),
-        (TRAIN, ["--data", "text", "--lines"], "for a file of your own"),
-        (TRAIN, ["--init", "missing.npz"], "missing.npz: No such file"),
-        (TRAIN, ["--init", "{own}/base.npz"], "base.npz: a base of other tokens than sudoku"),
-        (TRAIN, ["--data", "{own}/novel.txt", "--length", "24", "--init", "{own}/rate1.npz"], "not a base"),
-        (SAMPLE, ["--models", "{tmp}/nowhere"], "no base.npz there"),
-        (SAMPLE, ["--models", "{own}", "--data", "dna"], "models of novel, expected dna"),
-        (SAMPLE, ["--models", "{own}", "--model", "rate7"], "no rate7.npz there"),
-        (SAMPLE, ["--models", "{own}", "--prompt", "Zoë"], "--prompt has 'Z', which the model has never seen"),
-        (SAMPLE, ["--models", "{own}", "--prompt", "_" * 25], "--prompt has 25 tokens, expected at most 24"),
-        (SAMPLE, ["--models", "{own}", "--temperature", "-1"], "temperature is -1"),
-        (SAMPLE, ["--models", "{own}", "--device", "tpu"], "--device tpu: there is none"),
-        (SAMPLE, ["--models", "{broken}"], "base.npz: not a model file"),
-    ],
-    ids=lambda v: " ".join(v)[:50] if isinstance(v, list) else "",
-)
-def test_bad_input(own, tmp_path, monkeypatch, capsys, script, words, says):
+@pytest.mark.parametrize("command", BAD_INPUT)
+def test_bad_input(command, own, call, tmp_path, monkeypatch):
     """Bad input gets exit status 2, a line that names it, and no traceback."""
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 20)
-    np.save(tmp_path / "floats.npy", np.zeros((30, 4)))
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "base.npz").write_bytes((own / "base.npz").read_bytes()[:-200])
     monkeypatch.chdir(tmp_path)
-    places = dict(tmp=tmp_path, own=own, broken=tmp_path / "broken")
-    code, _, err = run_command(monkeypatch, capsys, script, *(word.format(**places) for word in words))
-    assert code == 2 and says in err and "Traceback" not in err, err
+    Path("empty.txt").write_text("")
+    Path("binary.txt").write_bytes(bytes(range(256)) * 20)
+    np.save("floats.npy", np.zeros((30, 4)))
+    Path("broken").mkdir()
+    Path("broken/base.npz").write_bytes((own / "base.npz").read_bytes()[:-200])
+    script, *words = (word.replace("OWN", str(own)) for word in command.split())
+    assert BAD_INPUT[command] in call({"train": train_py, "sample": sample_py}[script], *words, status=2)
 
 
 def test_scripts_run_as_commands(own):
     """From a shell: --help is a page, an ASCII terminal and `| head` do no harm, ^C says how to go on."""
-    here = Path(__file__).parent
-    done = subprocess.run([sys.executable, here / "train.py", "--help"], capture_output=True, text=True)
+    python = f"PYTHONIOENCODING=ascii {sys.executable} {HERE}"
+    done = subprocess.run(f"{python}/train.py --help", shell=True, capture_output=True, text=True)
     assert done.returncode == 0 and "--rates" in done.stdout
-    command = f"PYTHONIOENCODING=ascii {sys.executable} {here}/sample.py --models {own} --steps 2 --watch -n 200 | head -n 1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    watched = f"{python}/sample.py --models {own} --steps 2 --watch -n 200 | head -n 1"
+    done = subprocess.run(watched, shell=True, capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr and "Error" not in done.stderr
-    words = [sys.executable, here / "train.py", "--out", own / "stopped", "--device", "cpu"]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not list((own / "stopped").glob(".lock")):
+    words = [sys.executable, HERE / "train.py", "--out", own / "stopped", "--device", "cpu"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
+    while process.poll() is None and not (own / "stopped" / ".lock").exists():
         time.sleep(0.1)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
@@ -1568,66 +1684,75 @@ def test_scripts_run_as_commands(own):
 
 
 def test_sudoku_is_exactly_uniform():
-    """There are 39,168 grids with the first row 1 to 6; a tenth of them is held out, with all relabellings."""
+    """There are 39,168 grids with the first row 1 to 6; a tenth is held out, with all their relabellings."""
     grids = sudoku.enumerate_grids()
-    assert grids.shape == (39168, 36) and len(np.unique(grids, axis=0)) == 39168 and not sudoku.wrong(grids).any()
+    assert grids.shape == np.unique(grids, axis=0).shape == (39168, 36) and not sudoku.wrong(grids).any()
     assert math.exp(data.get("sudoku").entropy) == pytest.approx(39168 * math.factorial(6))
     train, val = sudoku.load()
-    first = lambda rows: {bytes(x) for x in np.argsort(rows[:, :6], 1)[np.arange(len(rows))[:, None], rows].astype(np.uint8)}  # noqa: E731
-    assert first(train[:20000]) <= {bytes(x) for x in grids} and not first(train) & first(val)
+
+    def relabelled(rows):  # the grids with the first row 1 to 6 that they come from
+        new = np.argsort(rows[:, :6], axis=1).astype(np.uint8)
+        return {bytes(x) for x in np.take_along_axis(new, rows, axis=1)}
+
+    assert relabelled(train[:20000]) <= {bytes(x) for x in grids}
+    assert not relabelled(train) & relabelled(val)
     assert not sudoku.wrong(train[:1000]).any()
-    counts = np.unique(train[:, :6], axis=0, return_counts=True)[1]
-    assert_fits(counts, np.full(720, 1 / 720))
+    assert_fits(np.unique(train[:, :6], axis=0, return_counts=True)[1], np.full(720, 1 / 720))
     broken = train[:1].copy()
     broken[0, 0] = broken[0, 1]
     assert sudoku.wrong(broken)[0, :2].all() and sudoku.score(broken, None)["valid"] == 0
 
 
 def test_measures():
-    """Entropy is of each sequence's tokens; distinct-4 the share of different 4-grams; an interval is Student's; a judge
-    scores by the chain rule, from the mask as the start."""
+    """Entropy is each sequence's own, distinct-4 the share of different 4-grams, an interval Student's."""
     x = np.array([[0, 0, 0, 0, 0, 0], [0, 1, 0, 1, 0, 1]])
     assert measures.unigram_entropy(x) == pytest.approx(math.log(2) / 2)
     assert measures.distinct(x) == pytest.approx(3 / 6)  # 0000, 0101, 1010
-    assert measures.mean_interval([2.0, 4.0]) == "3.000 ± 12.710" and measures.mean_interval([123.4]) == "123.4"
+    assert measures.mean_interval([2.0, 4.0]) == "3.000 ± 12.710"
+    assert measures.mean_interval([123.4]) == "123.4"
     assert measures.paired([1, 2, 3], [0, 0, 0]) == pytest.approx((2, 4.30 / math.sqrt(3)))
     rows = np.random.default_rng(0).standard_normal((500, 3))
     assert measures.frechet(rows, rows) == pytest.approx(0, abs=1e-9)
     assert measures.frechet(rows, rows + 2) == pytest.approx(12)
     assert measures.jensen_shannon(np.array([1.0, 0]), np.array([0, 1.0])) == 1
-    judge = tiny(causal=True)
-    tokens = torch.randint(5, (3, 6), generator=rng(0))
+
+
+def test_a_judge_scores_by_the_chain_rule():
+    """A judge scores a sequence by the chain rule, each token given those before it, the first the mask."""
+    judge, tokens = tiny(causal=True), torch.randint(5, (3, 6), generator=rng(0))
     shifted = np.concatenate((np.full((3, 1), 5), tokens.numpy()[:, :-1]), 1)
-    logp = np.log(golden.softmax(golden.forward(numpy_weights(judge), 2, shifted, causal=True)))
-    expected = -np.take_along_axis(logp, tokens.numpy()[..., None], -1)[..., 0].sum(1)
-    assert np.allclose(sample_py.judge_nll(judge, tokens).detach().numpy(), expected, atol=1e-4)
+    logits = torch.from_numpy(golden.forward(numpy_weights(judge), 2, shifted, causal=True))
+    expected = nll_of(logits, tokens).sum(1).float()
+    assert torch.allclose(sample_py.judge_nll(judge, tokens), expected, atol=1e-4)
 
 
 def test_predictive_entropy_is_of_what_was_drawn():
-    """generate() gives the mean entropy of the distributions that tokens were drawn from, temperature included."""
-    logits = torch.tensor([0.0, 1.0, 2.0])
+    """generate() gives the mean entropy of the distributions that it drew from, temperature included."""
+    logits, canvas = torch.tensor([0.0, 1.0, 2.0]), torch.full((5, 4), 3)
     for temperature in (1.0, 0.5):
-        x, entropy, _ = sample_py.generate(lambda xt, _: logits.expand(*xt.shape, 3), torch.full((5, 4), 3), 3, 6, 0, temperature=temperature, batch=2)
+        x, entropy, _ = sample_py.generate(fixed(logits), canvas, 3, 6, 0, temperature=temperature, batch=2)
         p = (logits / temperature).softmax(-1)
         assert x.max() < 3 and entropy == pytest.approx(-(p * p.log()).sum().item(), rel=1e-5)
 
 
-def test_frames_show_what_is_decoded(monkeypatch):
-    """A sequence is shown up to its end; a masked position as its guess, marked; wide characters take two columns."""
-    domain = data.get("molecules")
-    E, M = domain.index["<end>"], len(domain.vocab)
-    c, n = domain.encode("CN")
-    frame = lambda x, guess, width=6, of=domain: terminal.draw_frame(of, np.array(x), np.array(guess), width)  # noqa: E731
+def test_frames_show_what_is_decoded():
+    """A frame ends with its sequence, marks what is masked, and gives a wide character two columns."""
+    molecules, chinese = data.get("molecules"), data.Domain("c", ["你", "\t"], 3)
+    E, M = molecules.index["<end>"], len(molecules.vocab)
+    c, n = molecules.encode("CN")
+
+    def frame(x, guess, width=6, domain=molecules):
+        return terminal.draw_frame(domain, np.array(x), np.array(guess), width)
+
     assert frame([c, c, E, n, E], [0] * 5) == ["CC    "] and frame([E], [0]) == [" " * 6]
     assert frame([c, M, M, n, E], [0, n, E, 0, 0]) == ["C··N  "]
     assert frame([c] * 7, [0] * 7, 3) == ["CCC", "CCC", "C  "]
-    chinese = data.Domain("c", ["你", "\t"], 3)
-    assert frame([0, 1, 0], [0] * 3, 6, chinese) == ["你 你 "]
+    assert frame([0, 1, 0], [0] * 3, domain=chinese) == ["你 你 "]
 
 
 @pytest.mark.parametrize("name", data.NAMES)
 def test_domains(name):
-    """Every domain loads tokens of its vocabulary, held-out data apart; decode undoes encode; real data has a finite score."""
+    """A domain loads tokens of its vocabulary, encode undoes decode, and real data has a finite score."""
     domain = data.get(name)
     train, val = domain.load()
     assert train.dtype.kind in "iu" and len(val) < len(train) and train.ndim == val.ndim
@@ -1635,8 +1760,7 @@ def test_domains(name):
     rows = data.windows(val, domain.length)[:20]
     assert rows.shape == (20, domain.length)
     for row in rows:
-        string = domain.decode(row.tolist())
-        tokens = domain.encode(string)
+        tokens = domain.encode(domain.decode(row.tolist()))
         assert tokens == row[: len(tokens)].tolist() and (row[len(tokens) :] == row[-1]).all()
     assert all(math.isfinite(v) for v in domain.score(rows[:10], rows[10:]).values())
 
@@ -1645,11 +1769,12 @@ def test_domains(name):
 def test_shipped_models(name):
     """Every domain ships a base and its adaptations, of its own tokens; each is better than guessing."""
     domain, files = data.get(name), sample_py.models_in(sample_py.SHIPPED / name)
-    models = sample_py.load_models(files, domain, torch.device("cpu"))
-    assert len(models) >= 3 and any(model.config.self_conditioning for model in models.values())
+    models = sample_py.load_models(files, domain, torch.device("cpu")).values()
+    assert len(models) >= 3 and any(model.config.self_conditioning for model in models)
     rows = torch.from_numpy(data.windows(domain.load()[1], domain.length, 16).astype(np.int64))
-    for model in models.values():
-        assert diffusion_loss(model, rows, model.mask_id, generator=rng(0)).mean() < domain.length * math.log(len(domain.vocab))
+    for model in models:
+        loss = diffusion_loss(model, rows, model.mask_id, generator=rng(0)).mean()
+        assert loss < domain.length * math.log(len(domain.vocab))
 
 
 if __name__ == "__main__":

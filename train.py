@@ -1,13 +1,15 @@
-"""Train: the optimisation, and nothing else. The method is in scmdm.py, the measures are in data/measures.py.
+"""Train: the optimisation, and nothing else. The method is in scmdm.py, the measures are in data/.
 
-    python train.py                       Sudoku from nothing: pretrain a base, adapt it, compare. Ten minutes on two cores
+    python train.py                       Sudoku from nothing: pretrain a base, adapt it, compare. The main job
     python train.py --data text           adapt the text model that lies in data/models/, and compare
     python train.py --stage pretrain      only the vanilla masked diffusion model that everything starts from
     python train.py --stage judge         an autoregressive model, which generative perplexity needs
-    torchrun --nproc_per_node=8 train.py  any of these over several GPUs or processes: the same batches, the same model
+    torchrun --nproc_per_node=8 train.py  any of these over several GPUs: the same batches, the same model
 
-Everything a run makes lies in one folder, --out: base.npz, and for each arm one file that says its rate. --resume
-goes on with what is there. sample.py --models OUT samples from it.
+What a run makes lies in one folder, --out: base.npz and a file for each arm, that is, each way of training
+on from the base. Its name says the rate (the share of sequences that get the signal; 0 is the control) and
+the most passes that make it. --resume goes on with what is there; `python sample.py --models OUT` samples
+from it.
 """
 
 import argparse
@@ -28,20 +30,23 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import scmdm
 from data import results, windows
-from sample import Progress, clock, evaluate, fail, find_model, judge_nll, load_models, models_in, pick_device, report, run, show
-from scmdm import Config, Transformer, add_self_conditioning, diffusion_loss, load, masked_nll, save, without_mask
+from sample import Progress, clock, evaluate, fail, find_model, judge_nll, load_models, models_in, pick_device
+from sample import report, run, show
+from scmdm import Config, Transformer, add_self_conditioning, diffusion_loss, load, masked_nll, save
+from scmdm import without_mask
 
 # How each domain is trained by default; a file of your own is trained like text. Every flag below overrides.
 DEFAULTS = {
-    # width, blocks, sequences per step, steps of pretraining and of adaptation, denoiser calls in the table
-    "sudoku": dict(dim=64, depth=3, batch_size=32, pretrain=4000, adapt=1500, calls=[36, 144]),
-    "text": dict(dim=128, depth=4, batch_size=32, pretrain=12000, adapt=1000, calls=[64, 128]),
-    "molecules": dict(dim=128, depth=4, batch_size=128, pretrain=8000, adapt=1000, calls=[32]),
-    "images": dict(dim=128, depth=4, batch_size=32, pretrain=4000, adapt=750, calls=[64]),
-    "dna": dict(dim=128, depth=4, batch_size=32, pretrain=3000, adapt=1000, calls=[64]),
+    # width, blocks, sequences per step, steps of pretraining and of adaptation; denoiser calls and n in the
+    # table
+    "sudoku": dict(dim=64, depth=3, batch_size=32, pretrain=4000, adapt=1000, calls=[36, 144], n=128),
+    "text": dict(dim=128, depth=4, batch_size=32, pretrain=12000, adapt=1000, calls=[64], n=128),
+    "molecules": dict(dim=128, depth=4, batch_size=128, pretrain=8000, adapt=1000, calls=[32], n=1000),
+    "images": dict(dim=128, depth=4, batch_size=32, pretrain=4000, adapt=750, calls=[64], n=2000),
+    "dna": dict(dim=128, depth=4, batch_size=32, pretrain=3000, adapt=1000, calls=[64], n=256),
 }
 JUDGE_STEPS = 4000  # a causal model learns from every position at once, and needs fewer
-STATE_EVERY = 60  # seconds: kill -9 loses at most so much
+STATE_EVERY = 60  # seconds: kill -9 loses at most this much
 LR = {  # peak learning rates
     "pretrain": 2e-3,  # small models like large steps
     "judge": 2e-3,
@@ -50,7 +55,7 @@ LR = {  # peak learning rates
 }
 
 
-def parse():
+def parse():  # fmt: off
     def number(kind, low, high=math.inf):  # a range that argparse itself checks
         def check(text):
             if not low <= (value := kind(text)) <= high:
@@ -60,48 +65,53 @@ def parse():
         return check
 
     positive, rate = number(int, 1), number(float, 0, 1)
+    lrs = ", ".join(f"{lr:g} for {of}" for of, lr in LR.items())
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = p.add_argument
-    a("--stage", choices=("pretrain", "adapt", "judge"), default="adapt", help="adapt, the default, pretrains a base where there is none")
-    a("--data", default="sudoku", help=f"{', '.join(data.NAMES)}, or your own file: UTF-8 text, or integers in a .npy")
+    a("--stage", choices=("pretrain", "adapt", "judge"), default="adapt",
+      help="default: adapt, which pretrains a base first where there is none")
+    a("--data", default="sudoku", help=f"{', '.join(data.NAMES)}, or your own text or .npy of integers")
     a("--lines", action="store_true", help="your file is one sequence per line, not one long text")
     a("--length", type=positive, help="your file: the window, or the longest line that is kept (default: 128)")
     a("--vocab", help="your .npy: a file with one token per line, to print samples as text")
     a("--out", help="folder of the trained models (default: runs/NAME)")
-    a("--resume", action="store_true", help="go on with what is in OUT: finished models are kept, an interrupted one goes on")
-    a("--init", help="adapt: the base to start from (default: OUT/base.npz, else the one in data/models/)")
-    a("--rates", type=rate, nargs="+", metavar="RATE", help="adapt: train one arm for each rate of self-conditioning (default: 0 1);"
-      " pretrain: one rate above 0 trains a self-conditioned model from scratch")  # fmt: skip
-    a("--unroll", type=positive, nargs="+", metavar="K", help="most passes that make the signal; 1 is the paper's recipe (default: 1 16)")
+    a("--resume", action="store_true", help="go on in OUT: keep what is finished, continue what was not")
+    a("--init", help="adapt: the base (default: OUT/base.npz, else the one in data/models/)")
+    a("--rates", type=rate, nargs="+", metavar="RATE",
+      help="adapt: rates of self-conditioning, an arm for each (default: 0 1); pretrain: one, from scratch (0)")
+    a("--unroll", type=positive, nargs="+", metavar="K",
+      help="most passes that make the signal, an arm for each; 1 is the paper's recipe (default: 1 16)")
     a("--long-control", action="store_true", help="adapt: train rate 0 for as much time as the largest K too")
-    a("--steps", type=positive, help="optimiser steps")
+    a("--steps", type=positive, help="optimiser steps; with adapt, of each arm")
     a("--batch-size", type=positive, help="sequences per step, over all processes")
-    a("--lr", type=number(float, 1e-9), help=f"peak learning rate (default: {', '.join(f'{v:g} to {k}' for k, v in LR.items())})")
-    a("--weight-decay", type=number(float, 0), default=0.05, help="of the matrices; for small data (default: 0.05)")
+    a("--lr", type=number(float, 1e-9), help=f"peak learning rate (default: {lrs})")
+    a("--weight-decay", type=number(float, 0), default=0.05, help="of the matrices (default: 0.05)")
     a("--dim", type=positive, help="pretrain, judge: width of the model")
     a("--depth", type=positive, help="pretrain, judge: blocks")
     a("--heads", type=positive, help="pretrain, judge: attention heads (default: 4)")
     a("--seed", type=number(int, 0, 2**31 - 1), default=0, help="of weights, batches and noise (default: 0)")
-    a("--seeds", type=positive, help="adapt: train each arm with so many seeds, from --seed on (default: 1)")
+    a("--seeds", type=positive, help="adapt: number of seeds to train each arm with (default: 1)")
     a("--device", default="auto", help="auto, cpu, cuda or mps (default: auto, the fastest there is)")
-    a("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrix products (default: float32)")
-    a("--compile", action="store_true", help="torch.compile: a minute to start, a fifth faster; needs a C++ compiler")
-    a("-n", type=number(int, 0), help="adapt: sequences in the table, for each seed; 0 for no table (default: 256)")
+    a("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrix products")
+    a("--compile", action="store_true", help="torch.compile: slow to start, then faster; needs a C++ compiler")
+    a("-n", type=number(int, 0), help="adapt: sequences in the table, for each seed; 0: no table")
     a("--eval-steps", type=positive, nargs="+", help="adapt: denoiser calls in the table")
     args = p.parse_args()
-    given = {flag for flag in vars(args) if getattr(args, flag) not in (None, False)}
+    given = {flag for flag, value in vars(args).items() if value is not None and value is not False}
     without_effect = {
         "pretrain": {"init", "long_control", "seeds", "n", "eval_steps"},
         "judge": {"init", "rates", "unroll", "long_control", "seeds", "n", "eval_steps"},
         "adapt": {"dim", "depth", "heads"},
     }
     for flag in sorted(given & without_effect[args.stage]):
-        p.error(f"--{flag.replace('_', '-')} has no effect with --stage {args.stage}")
-    if args.stage == "pretrain" and len(args.rates or []) + len(args.unroll or []) > 2:
-        p.error("--stage pretrain trains one model: expected one of --rates and of --unroll")
+        p.error(f"{'-n' if flag == 'n' else '--' + flag.replace('_', '-')} has no effect with --stage {args.stage}")
+    if args.stage == "pretrain" and max(len(args.rates or []), len(args.unroll or [])) > 1:
+        p.error("--stage pretrain trains one model: expected one of --rates and one of --unroll")
+    if args.unroll and not any(args.rates or [args.stage == "adapt"]):
+        p.error("--unroll has no effect at rate 0")
     default = DEFAULTS.get(args.data, DEFAULTS["text"])
     args.calls = sorted(set(args.eval_steps or default["calls"]))
-    args.n = 256 if args.n is None else args.n
+    args.n = default["n"] if args.n is None else args.n
     args.seeds = args.seeds or 1
     args.heads = args.heads or 4
     for name in ("dim", "depth", "batch_size"):
@@ -134,25 +144,24 @@ def batch_of(train, length, size, generator):
 def diffusion_at(rate, unroll=1):
     """The loss of one arm: (model, x0 [b, L], generator) -> [b] nats per sequence.
 
-    Several processes share one batch of B = b * world. Each draws the noise of the whole batch and keeps its own
-    rows, so that any number of processes trains the same model; the times are spread over the whole batch.
+    Several processes share one batch of B = b * world sequences. Each draws the noise of the whole batch and
+    keeps its own rows, so that any number of processes trains the same model.
     """
-    rank, world = processes()
+    (rank, world), draw = processes(), scmdm.uniform
 
     def own_rows(shape, device, generator=None):
         if shape == (1,):  # one draw for the whole batch
             return draw(shape, device, generator)
         return draw((shape[0] * world, *shape[1:]), device, generator)[rank::world]
 
-    draw = scmdm.uniform
-
     def loss_of(model, x0, generator):
-        B, mask_id = len(x0) * world, model.mask_id
+        B = len(x0) * world
+        u = draw((1,), x0.device, generator)
+        t = (u + torch.arange(rank, B, world, device=x0.device, dtype=u.dtype) / B) % 1  # [b], spread over B
+        scmdm.uniform = own_rows
         try:
-            scmdm.uniform = own_rows
-            u = draw((1,), x0.device, generator)
-            t = (u + torch.arange(rank, B, world, device=x0.device, dtype=u.dtype) / B) % 1  # [b]
-            return diffusion_loss(model, x0, mask_id, self_cond_rate=rate, unroll=unroll, generator=generator, t=t)
+            options = {"self_cond_rate": rate, "unroll": unroll, "generator": generator, "t": t}
+            return diffusion_loss(model, x0, model.mask_id, **options)
         finally:
             scmdm.uniform = draw
 
@@ -160,11 +169,12 @@ def diffusion_at(rate, unroll=1):
 
 
 def optimise(model, loss_of, train, args, steps, lr, seed, state, what):
-    """Minimise loss_of(model, x0 [b, L], generator) -> [b] nats per sequence. Returns the model's moving average.
+    """Minimise loss_of(model, x0 [b, L], generator) -> [b] nats per sequence. Returns the moving average.
 
-    AdamW, warm-up and cosine decay, gradient clipping. The randomness of step k is a function of (seed, k) alone,
-    so that a resumed run is equal to one that was never stopped. `state`: the file in which the run is kept once
-    a minute; `what` {name: value}: what a run must have in common with the one it resumes (lr need not).
+    AdamW, warm-up and cosine decay, gradient clipping. The randomness of step k is a function of (seed, k)
+    alone, so that a resumed run equals one that was never stopped. `state`: the file in which the run is
+    kept, once a minute; `what` {name: value}: what a run must have in common with the one it resumes (lr
+    need not).
     """
     rank, world = processes()
     device, length = next(model.parameters()).device, model.config.length
@@ -175,14 +185,16 @@ def optimise(model, loss_of, train, args, steps, lr, seed, state, what):
     optimiser = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=lr,
-        betas=(0.9, 0.98),  # a short memory of squared gradients: the 1/t weight makes them uneven
+        betas=(0.9, 0.98),  # the scale of the gradients is soon forgotten: the weight 1/t makes it jump
     )
-    whole = {"model": model, "average": average, "optimiser": optimiser}
-    first = load_state(state, what, whole) if args.resume and state.exists() else 0
+    parts = {"model": model, "average": average, "optimiser": optimiser}
+    if state.exists() and not args.resume:
+        fail(f"{state} is of an interrupted run: --resume goes on with it, another --out starts anew")
+    first = load_state(state, what, parts) if state.exists() else 0
     if args.compile:
         model.compile()
     denoiser = model
-    if world > 1:  # at rate 0 the matrix W gets no gradient, at which DDP would stop
+    if world > 1:  # an adapted model at rate 0 gives its W no gradient, at which DDP would stop
         denoiser = DistributedDataParallel(model, find_unused_parameters=True)
         denoiser.config, denoiser.mask_id = model.config, model.mask_id
     batches, noise = torch.Generator(), torch.Generator(device)  # batches are always drawn on the CPU
@@ -208,8 +220,8 @@ def optimise(model, loss_of, train, args, steps, lr, seed, state, what):
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         if not torch.isfinite(norm):
             raise ValueError(
-                f"{state.stem}: stopped at step {step}, loss {loss.item()}; --resume with a lower --lr goes on from the"
-                f" last minute's state" + ("" if state.exists() else " (there is none yet: it starts again)")
+                f"{state.stem}: stopped at step {step}, loss {loss.item()}; --resume with a lower --lr goes on "
+                + ("from the state of the last minute" if state.exists() else "from the start")
             )
 
         # 5. Step: linear warm-up, then a cosine to zero.
@@ -217,38 +229,42 @@ def optimise(model, loss_of, train, args, steps, lr, seed, state, what):
             group["lr"] = lr * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
         optimiser.step()
 
-        # 6. Average: shorter at first, to forget where it started.
+        # 6. Average: a moving average of the weights is what is kept. Its memory is short at first, to forget
+        #    the initial ones.
         decay = min(0.999, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in parameters], 1 - decay)
 
-        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()  # one batch says little
+        value = loss.item()
+        running = value if running is None else 0.98 * running + 0.02 * value  # one batch says little
         if rank == 0:
             progress.update(step + 1, f"loss {running:.4f} nats per token")
             if time.time() - saved > STATE_EVERY:
-                save_state(state, step + 1, what, whole)
+                save_state(state, step + 1, what, parts)
                 saved = time.time()
     return average
 
 
-def save_state(path, step, what, whole):
+def save_state(path, step, what, parts):
     """Keep a run: written under another name, then renamed. A full disk is a warning; the run goes on."""
     temporary = path.with_suffix(".tmp")
+    content = {"step": step, "what": what} | {name: part.state_dict() for name, part in parts.items()}
     try:
-        torch.save({"step": step, "what": what} | {name: part.state_dict() for name, part in whole.items()}, temporary)
+        torch.save(content, temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer raises the second
-        print(f"\nwarning: {path} could not be written ({str(error).splitlines()[0]}); the run goes on", file=sys.stderr)
+        reason = str(error).splitlines()[0]
+        print(f"\nwarning: {path} could not be written ({reason}); the run goes on", file=sys.stderr)
 
 
-def load_state(path, what, whole):
+def load_state(path, what, parts):
     """Put a run back as it was; returns its step."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found, step = state["what"], state["step"]
     except Exception as error:  # a damaged file raises nearly anything
-        fail(f"{path}: not the state of a run, or a damaged one ({type(error).__name__}); delete it to start again")
+        fail(f"{path}: not the state of a run, or damaged ({type(error).__name__}); delete it to start again")
     same_run(path, found, what)
-    for name, part in whole.items():
+    for name, part in parts.items():
         part.load_state_dict(state[name])
     return step
 
@@ -266,21 +282,24 @@ def same_run(path, found, what):
 
 
 @torch.no_grad()
-def validate(model, val, draws=8, bins=8):
-    """(NELBO, its bins by share masked as text), nats per token, of rows val [N, L]; two passes if self-conditioned.
+def validate(model, val, draws=8, bins=5):
+    """(NELBO, its means by share masked as text), nats per token, of val [N, L]; of two passes if adapted.
 
-    Exactly k of the L positions are masked, k = 1..L in turn, which has less noise than a random time: the integral of
-    1/t over all t leaves each k the weight 1/k. Masks are the same for every model.
+    Exactly k of the L positions are masked, k = 1..L in turn, which has less noise than a random time: the
+    chance that k are masked at t, times the weight 1/t, is 1/k when integrated over t. All models get the
+    same masks.
     """
     device, (N, L) = next(model.parameters()).device, val.shape
     generator = torch.Generator(device).manual_seed(0)
     losses, shares = [], []
     for draw in range(draws):
-        k = 1 + (torch.arange(N, device=device) * draws + draw) % L  # [N]
-        for x0, k in zip(torch.from_numpy(val.astype(np.int64)).to(device).split(64), k.split(64)):
+        ks = 1 + (torch.arange(N, device=device) * draws + draw) % L  # [N]
+        for x0, k in zip(torch.from_numpy(val.astype(np.int64)).to(device).split(64), ks.split(64)):
             masked = scmdm.uniform(x0.shape, device, generator).argsort(1).argsort(1) < k[:, None]  # [b, L]
             xt = torch.where(masked, model.mask_id, x0)
-            x0_prev = without_mask(model(xt), model.mask_id).softmax(-1) if model.config.self_conditioning else None
+            x0_prev = None
+            if model.config.self_conditioning:
+                x0_prev = without_mask(model(xt), model.mask_id).softmax(-1)
             losses.append(masked_nll(model(xt, x0_prev), x0, masked, model.mask_id) / k)
             shares.append((k - 1) / L)
     losses, shares = torch.cat(losses), torch.cat(shares)  # [draws * N]
@@ -302,14 +321,16 @@ def validate_judge(model, val):
 
 def arms_of(args):
     """[(file name, rate, unroll, steps)] of what is to be trained."""
-    arms, adapt = [], args.stage == "adapt"
-    for rate in args.rates or ([0, 1] if adapt else [0]):
-        for K in (args.unroll or ([1, 16] if adapt else [1])) if rate else [1]:
-            name = "" if adapt else "scratch-" if rate else "base"
-            name += f"rate{rate:g}" if adapt or rate else ""
-            arms.append((name + (f"-unroll{K}" if K > 1 else ""), rate, K, args.adapt_steps))
-    if args.long_control:  # a step is a forward and a backward pass, 1 + 2, and (K + 1) / 2 forward passes for the signal
-        K = max(K for _, rate, K, _ in arms)
+    if args.stage == "pretrain":
+        rate, K = (args.rates or [0])[0], (args.unroll or [1])[0]
+        name = f"scratch-rate{rate:g}" if rate else "base"
+        return [(name + (f"-unroll{K}" if K > 1 else ""), rate, K, args.pretrain_steps)]
+    arms = []
+    for rate in args.rates or [0, 1]:
+        for K in (args.unroll or [1, 16]) if rate else [1]:
+            arms.append((f"rate{rate:g}" + (f"-unroll{K}" if K > 1 else ""), rate, K, args.adapt_steps))
+    if args.long_control:  # of the cost of a step, forward is 1, backward 2, and the signal (K + 1) / 2 more
+        K = max(args.unroll or [16])
         arms.insert(0, ("rate0-long", 0, 1, round(args.adapt_steps * (3 + (K + 1) / 2) / 3)))
     return arms
 
@@ -318,8 +339,8 @@ def main():
     args = parse()
     device = pick_device(args.device)
     rank, world = processes()
-    if args.batch_size % world:
-        fail(f"--batch-size is {args.batch_size}, expected a multiple of the {world} processes")
+    if args.batch_size % world or world > 1 and args.batch_size == world:
+        fail(f"--batch-size is {args.batch_size}, expected two or more for each of {world} processes, the same")
     if world > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -331,20 +352,20 @@ def main():
     lock = alone_in(out) if rank == 0 else None  # noqa: F841, held until the end
     train, val = domain.load()
     val = windows(val, domain.length, 256)
-    began = time.time()
+    began, content = time.time(), zlib.crc32(np.ascontiguousarray(train))
 
     def trained(name, build, loss_of, steps, lr, seed, **made_from):
-        """The model `name`: as it lies in OUT, if a run like this one has finished there, else trained now and saved."""
+        """The model `name`: from OUT, if a run like this has finished there, else trained now and saved."""
         path, state = out / f"{name}.npz", out / f"{name}.state"
         settings = {key: getattr(args, key) for key in ("batch_size", "weight_decay", "dtype")}
-        what = {"data": domain.name, "content": zlib.crc32(np.ascontiguousarray(train)), "seed": seed, "steps": steps}
-        what |= settings | made_from
+        what = {"data": domain.name, "content": content, "seed": seed, "steps": steps} | settings | made_from
         if not path.exists():
             torch.manual_seed(seed)
             model = optimise(build().to(device), loss_of, train, args, steps, lr, seed, state, what)
             if rank == 0:
-                remembered = {key: getattr(domain, key) for key in ("vocab", "length", "end", "join", "source")}
-                save(path, model.half(), data=domain.name, **remembered, made_from=what, lr=lr)
+                keys = ("vocab", "length", "end", "join", "source")
+                remembered = {"data": domain.name} | {key: getattr(domain, key) for key in keys}
+                save(path, model.half(), **remembered, made_from=what, lr=lr)
                 state.unlink(missing_ok=True)
             if world > 1:
                 dist.barrier()
@@ -354,7 +375,7 @@ def main():
         same_run(path, model.info.get("made_from", {}), what)
         nelbo, by_share = validate_judge(model, val) if name == "judge" else validate(model, val)
         if rank == 0:
-            print(f"{name}: validation {nelbo:.4f} nats per token, by share masked, few to all: " + " ".join(by_share))
+            print(f"{name}: validation {nelbo:.4f} nats per token; few to all masked: {' '.join(by_share)}")
         return model
 
     def new(causal=False, self_conditioning=False):
@@ -364,19 +385,21 @@ def main():
 
     shape = {"shape": [args.dim, args.depth, args.heads]}
     if args.stage == "judge":
+        steps, lr = args.steps or JUDGE_STEPS, args.lr or LR["judge"]
         causal_loss = lambda model, x0, _: judge_nll(model, x0)  # noqa: E731
-        trained("judge", lambda: new(causal=True), causal_loss, args.steps or JUDGE_STEPS, args.lr or LR["judge"], args.seed, **shape)
+        trained("judge", lambda: new(causal=True), causal_loss, steps, lr, args.seed, **shape)
         return
     if args.stage == "pretrain":
-        name, rate, K, _ = arms_of(args)[0]
-        build = lambda: new(self_conditioning=rate > 0)  # noqa: E731
-        trained(name, build, diffusion_at(rate, K), args.pretrain_steps, args.lr or LR["pretrain"], args.seed, rate=rate, unroll=K, **shape)
+        (name, rate, K, steps), lr = arms_of(args)[0], args.lr or LR["pretrain"]
+        build, made_from = lambda: new(self_conditioning=rate > 0), {"rate": rate, "unroll": K} | shape
+        trained(name, build, diffusion_at(rate, K), steps, lr, args.seed, **made_from)
         return
 
-    # --- adapt: the main job. First a base ---
-    path = args.init or find_model(out, None if domain.name == "sudoku" else domain.name, "base")  # Sudoku starts from nothing
+    # --- adapt, the main job. First a base: Sudoku's is made from nothing, which takes minutes ---
+    path = args.init or find_model(out, None if domain.name == "sudoku" else domain.name, "base")
     if path is None:
-        trained("base", new, diffusion_at(0), args.pretrain_steps, LR["pretrain"], args.seed, rate=0, unroll=1, **shape)
+        made_from = {"rate": 0, "unroll": 1} | shape
+        trained("base", new, diffusion_at(0), args.pretrain_steps, LR["pretrain"], args.seed, **made_from)
         path = out / "base.npz"
     base = load(path, device)
     if base.config.self_conditioning or base.config.causal:
@@ -403,7 +426,7 @@ def main():
         rows = evaluate(out, domain, device, args.n, args.calls)
         show(shown, domain, canvas, max(args.calls), args.seed)
         report(rows, domain, out)
-        print(f"\nAll in all: {clock(time.time() - began)}. Watch it think: python sample.py --models {out} --watch")
+        print(f"\nIn all {clock(time.time() - began)}. Watch it: python sample.py --models {out} --watch")
 
 
 def keep_base(path, ours):
@@ -435,7 +458,8 @@ if __name__ == "__main__":
         run(main)
     except KeyboardInterrupt:
         words = [word for word in sys.argv if word != "--resume"] + ["--resume"]
-        fail(f"interrupted; at most a minute of training is lost. Go on with:\n{shlex.join(['python', *words])}", 130)
+        command = shlex.join(["python", *words])
+        fail(f"interrupted, at most a minute of training is lost; go on with:\n{command}", 130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

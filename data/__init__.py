@@ -20,7 +20,7 @@ class Domain:
     length: int  # tokens in a sequence
     load: Callable | None = None  # () -> (train, val), streams [N] or rows [N, L]; None: no data at hand
     score: Callable = lambda samples, reference: {}  # tokens [N, L], real ones [M, L] -> {measure: value}
-    quality: str = "entropy"  # the measure that tables and figures show where there is no judge
+    quality: str = "unigram entropy"  # the measure that tables and figures show where there is no judge
     end: str | None = None  # the token that closes and pads a sequence, predicted like any other
     join: str = ""  # written between tokens; " " for tokens that are words or numbers
     cell: Callable | None = None  # token id -> how a terminal shows it; None: as it is written
@@ -81,7 +81,7 @@ def expect(right, path, found, expected):
 
 
 def split(tokens):
-    """Tokens -> (train, val). A tenth is val: the end of a stream; of rows, which are often sorted, any."""
+    """Tokens -> (train, val). A tenth is val: the end of a stream; random rows, since rows are often sorted."""
     if tokens.ndim == 2:
         tokens = tokens[np.random.default_rng(0).permutation(len(tokens))]
     cut = len(tokens) - len(tokens) // 10

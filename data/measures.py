@@ -48,7 +48,7 @@ def measure(domain, x, reference, judge=None):
     if judge:  # the cap: an untrained judge can be more surprised than a float holds
         values["gen. ppl"] = math.exp(min(float(np.mean(judge(x))) / x.shape[1], 700))
     if domain.row is None:  # in a picture or grid, neighbours in the sequence are not n-grams
-        values |= {"entropy": unigram_entropy(x), "distinct-4": distinct(x)}
+        values |= {"unigram entropy": unigram_entropy(x), "distinct-4": distinct(x)}
     return values | domain.score(x, reference)
 
 

@@ -11,10 +11,10 @@ NAMES = {  # what a reader calls the parts of a model's file name, replaced in t
     "scratch-rate0.": "scratch, rate 0.",
     "scratch-rate1": "scratch, rate 1",
     "rate0.": "SCMDM rate 0.",
-    "rate0-long": "trained on, as long",
-    "rate0": "base, trained on",
+    "rate0-long": "control, as long",
+    "rate0": "control",
     "rate1-unroll": "SCMDM unroll ",
-    "rate1": "SCMDM (the paper's)",
+    "rate1": "SCMDM (paper)",
     "-unroll": " unroll ",
 }
 
@@ -23,6 +23,13 @@ def label(model):
     for part, words in NAMES.items():
         model = model.replace(part, words)
     return model
+
+
+def best(arms):
+    """The arm to show beside the base: of rate 1, the longest chain; None if there is no arm."""
+    chain = lambda arm: int(arm.partition("-unroll")[2] or 1)  # noqa: E731
+    arms = [arm for arm in arms if arm.startswith("rate")]
+    return max(arms, key=lambda arm: (arm.startswith("rate1"), chain(arm), arm), default=None)
 
 
 # --- the file ---
@@ -67,51 +74,63 @@ def print_table(rows):
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     cells.insert(1, ["-" * width for width in widths])
     for line in cells:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |")
+        print(" | ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+def less_base(rows):
+    """(bound minus base, half of its 95% interval) over rows of several seeds, each with its own sequences."""
+    half = sum(row["half"] ** 2 for row in rows) ** 0.5 / len(rows)
+    return np.mean([row["minus base"] for row in rows]), half
 
 
 def report(rows, domain, quality):
     """Print the table of rows at temperature 1, means over their seeds, and a sentence of what it says.
 
-    Columns: the sampler's bound; its paired difference from the base's; `quality`; predictive entropy. The other
-    measures are in the file. ± is a 95% interval: of the bound over the sequences, of the rest over the seeds.
+    Columns: the sampler's bound; its paired difference from the base's; `quality`; predictive entropy.
+    Other measures are in the file. ± is a 95% interval: of the bound over the sequences, of the rest over
+    the seeds.
     """
-    unit, groups, signals, table = rows[0]["unit"], {}, {}, []
-    for row in (row for row in rows if row["temperature"] == 1):
-        where = signals.setdefault(row["model"], {}) if "signal" in row else groups
-        where.setdefault(row["signal"] if "signal" in row else (row["model"], row["calls"]), []).append(row)
-
-    def less_base(group):
-        half = sum(row["half"] ** 2 for row in group) ** 0.5 / len(group)  # each seed has sequences of its own
-        return np.mean([row["minus base"] for row in group]), half
-
-    for (model, calls), group in groups.items():
+    unit, groups, table = rows[0]["unit"], {}, []  # groups: {(model, signal, calls): rows of its seeds}
+    for row in rows:
+        if row["temperature"] == 1:
+            groups.setdefault((row["model"], row.get("signal"), row["calls"]), []).append(row)
+    for (model, signal, calls), group in groups.items():
+        if signal:
+            continue
         line = {"model": label(model), "calls": f"{calls:g}" if calls else "", "bound": "", "minus base": ""}
         if "bound" in group[0]:
             line["bound"] = f"{np.mean([row['bound'] for row in group]):.4g}"
             line["minus base"] = "{:+.3f} ± {:.3f}".format(*less_base(group)) if model != "base" else ""
-        for measure in (quality, "completed", "path entropy"):
-            if measure in group[0]:
-                line[measure] = mean_interval([row[measure] for row in group], digits=3)
+        for measure, name in ((quality, quality), ("completed", "completed"), ("path entropy", "entropy")):
+            if measure in group[0] and not (model == "real" and name == "entropy"):
+                line[name] = mean_interval([row[measure] for row in group], digits=3)
         table.append(line)
     if domain.entropy:
-        table.append({"model": "the truth", "bound": f"{domain.entropy:.4g}", quality: "1.000", "path entropy": f"{domain.entropy:.3f}"})
+        truth = {"bound": f"{domain.entropy:.4g}", quality: "1.000", "entropy": f"{domain.entropy:.3f}"}
+        table.append({"model": "the truth"} | truth)
     print_table(table)
-    print(f"bound (of -log p, under the sampler) and path entropy in {unit}; lower bounds are better.")
+    print(f"bound: of -log p, under the sampler, lower is better; entropy: of what was drawn from. In {unit}.")
+    others = {}  # {model: how it fares with each other signal}
+    for (model, signal, _), group in groups.items():
+        if signal:
+            others.setdefault(model, []).append(f"{signal} {less_base(group)[0]:+.3f}")
+    for model, words in others.items():
+        print(f"{label(model)} with another signal than its own, bound minus base: {', '.join(words)}.")
+    conclude(groups, quality)
 
-    for model, kinds in signals.items():
-        others = ", ".join(f"{kind} {less_base(group)[0]:+.3f}" for kind, group in kinds.items())
-        print(f"Does the signal of {label(model)} matter? Bound minus base, with another signal: {others}.")
-    calls = max(calls for _, calls in groups)
-    adapted = [model for model, c in groups if c == calls and "bound" in groups[model, c][0] and model.startswith("rate1")]
-    if adapted:
-        best = max(adapted, key=lambda model: "unroll" in model)
-        gain, half = less_base(groups[best, calls])
-        says = "higher: it is surer of itself than it should be" if gain > half else "no different"
-        says = "lower: better, and not only sharper" if gain < -half else says
-        values = [np.mean([row[quality] for row in groups[model, calls]]) for model in (best, "base")]
-        print("At {:g} calls {} has {} {:.3f}, the base {:.3f}; ".format(calls, label(best), quality, *values)
-              + f"its bound is {abs(gain):.3f} ± {half:.3f} {says}.")  # fmt: skip
+
+def conclude(groups, quality):
+    """Print one sentence of what the table says of the best arm at the most calls."""
+    calls = max(calls for _, _, calls in groups)
+    last = {model: group for (model, signal, c), group in groups.items() if c == calls and not signal}
+    arm = best(last)
+    if arm is None or "bound" not in last[arm][0]:
+        return
+    gain, half = less_base(last[arm])
+    ours, base = (np.mean([row[quality] for row in last[model]]) for model in (arm, "base"))
+    compared = "lower than" if gain < -half else "higher than" if gain > half else "no different from"
+    print(f"At {calls:g} calls {label(arm)} has {quality} {ours:.3f} where the base has {base:.3f}; its bound is")
+    print(f"{compared} the base's ({gain:+.3f} ± {half:.3f}).")
 
 
 # --- figures, of the rows of a results file: model, seed, calls, temperature, and measures ---

@@ -1,4 +1,4 @@
-"""Sudoku, 6 x 6: each row, column and box of 2 x 3 cells holds the digits 1 to 6. A cell a token, row by row.
+"""Sudoku, 6 x 6: each row, column and box of 2 x 3 cells holds 1 to 6. One token per cell, row by row.
 
 The main example: the data is exactly uniform over 28,200,960 grids, so its entropy is known, and a sample is
 right or wrong. One cell may need all the others to be thought through, which is what the signal is for.
@@ -41,10 +41,10 @@ def enumerate_grids():
     apart = (rows[:, None] != rows).all(2)  # [720, 720]: rows that have no digit in the same column
     left = rows[:, :3]  # what is in the left box; where that fits, the rest fits in the right box
     share_boxes = (left[:, None, :, None] != left[:, None]).all((2, 3))  # [720, 720]: no digit twice in a box
-    grids = np.zeros((1, 1), dtype=int)  # [N, rows so far], as numbers of rows; first the one row 1 to 6
+    grids = np.zeros((1, 1), dtype=int)  # [N, rows so far], as indices into rows; first the one row 1 to 6
     free = apart[:1]  # [N, 720]: rows that fit the columns so far
     for i in range(1, 6):
-        fits = free & share_boxes[grids[:, -1]] if i % 2 else free  # rows 0 and 1, 2 and 3, 4 and 5 share
+        fits = free & share_boxes[grids[:, -1]] if i % 2 else free  # two rows share a box
         old, new = fits.nonzero()
         grids, free = np.column_stack((grids[old], new)), free[old] & apart[new]
     return rows[grids].reshape(-1, 36)
