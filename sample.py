@@ -74,8 +74,8 @@ def clock(seconds):
 class Progress:
     """How far a long job is, on stderr: one line in a terminal, now and then a new one in a log."""
 
-    def __init__(self, what, total, done=0):
-        self.what, self.total, self.first, self.began, self.shown = what, total, done, None, time.time()
+    def __init__(self, what, total, tokens=0):
+        self.what, self.total, self.tokens, self.began, self.shown = what, total, tokens, None, time.time()
 
     def update(self, done, text=""):
         now, terminal = time.time(), sys.stderr.isatty()
@@ -84,6 +84,7 @@ class Progress:
         elif now - self.shown > (0.5 if terminal else 20) or done == self.total and now - self.began > 2:
             each = (now - self.began) / max(1, done - self.first)
             line = f"{self.what} {done}/{self.total}  {clock(each * (self.total - done))} left  {text}"
+            line += f"  {self.tokens / each:,.0f} tokens/s" if self.tokens else ""
             if terminal:
                 line = "\r\033[K" + line[: shutil.get_terminal_size().columns - 1]
             print(line, end="" if terminal and done < self.total else "\n", file=sys.stderr, flush=True)
@@ -286,6 +287,9 @@ def report(rows, domain, folder):
         print(results.plot_bound(rows, Path(folder) / "bound.png"))
     print(results.plot_frontier(rows, quality, Path(folder) / "frontier.png") + "\n")
     results.report(rows, domain, quality)
+    if domain.source and "gen. ppl" not in rows[0]:
+        command = f"python train.py --data {domain.source['path']} --out {folder} --stage judge"
+        print(f"No generative perplexity, for want of a judge: {command} makes one.")
 
 
 # ---------------------------------------------------------------------------------------------

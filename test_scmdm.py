@@ -1770,7 +1770,7 @@ def test_shipped_models(name):
     """Every domain ships a base and its adaptations, of its own tokens; each is better than guessing."""
     domain, files = data.get(name), sample_py.models_in(sample_py.SHIPPED / name)
     models = sample_py.load_models(files, domain, torch.device("cpu")).values()
-    assert len(models) >= 3 and any(model.config.self_conditioning for model in models)
+    assert len(models) >= 2 and any(model.config.self_conditioning for model in models)
     rows = torch.from_numpy(data.windows(domain.load()[1], domain.length, 16).astype(np.int64))
     for model in models:
         loss = diffusion_loss(model, rows, model.mask_id, generator=rng(0)).mean()

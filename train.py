@@ -199,7 +199,7 @@ def optimise(model, loss_of, train, args, steps, lr, seed, state, what):
         denoiser.config, denoiser.mask_id = model.config, model.mask_id
     batches, noise = torch.Generator(), torch.Generator(device)  # batches are always drawn on the CPU
     warmup = max(1, min(steps // 20, 200))
-    progress, running, saved = Progress(state.stem, steps, first), None, time.time()
+    progress, running, saved = Progress(state.stem, steps, args.batch_size * length), None, time.time()
 
     for step in range(first, steps):
         for kind, g in enumerate((batches, noise)):
