@@ -221,3 +221,14 @@ def plot_frontier(rows, quality, path):
         else:
             axes.axhline(y, color="tab:red", linestyle="--", linewidth=1, label="real data")
     return save_figure(axes, path)
+
+
+if __name__ == "__main__":  # python -m data.results FOLDER DOMAIN: the table and the figures of its results.csv
+    import sys
+
+    from data import get
+
+    folder, domain = Path(sys.argv[1]), get(sys.argv[2])
+    rows = read_csv(folder / "results.csv")
+    print(plot_bound(rows, folder / "bound.png"), plot_frontier(rows, domain.quality, folder / "frontier.png"))
+    report(rows, domain, domain.quality)
