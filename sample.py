@@ -283,9 +283,10 @@ def evaluate(folder, domain, device, n, calls, temperatures=(1.0,), seeds=1, **o
 def report(rows, domain, folder):
     """Print what evaluate() found, and draw it."""
     quality = next(name for name in ("gen. ppl", domain.quality, *rows[0]) if name in rows[0])
+    figures = [results.plot_frontier(rows, quality, Path(folder) / "frontier.png")]
     if any("bound" in row for row in rows):
-        print(results.plot_bound(rows, Path(folder) / "bound.png"))
-    print(results.plot_frontier(rows, quality, Path(folder) / "frontier.png") + "\n")
+        figures.append(results.plot_bound(rows, Path(folder) / "bound.png"))
+    print("\n".join(dict.fromkeys(figures)) + "\n")  # without matplotlib, both say the same
     results.report(rows, domain, quality)
     if domain.source and "gen. ppl" not in rows[0]:
         command = f"python train.py --data {domain.source['path']} --out {folder} --stage judge"

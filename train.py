@@ -39,7 +39,7 @@ from scmdm import without_mask
 DEFAULTS = {
     # width, blocks, sequences per step, steps of pretraining and of adaptation; denoiser calls and n in the
     # table
-    "sudoku": dict(dim=64, depth=3, batch_size=32, pretrain=4000, adapt=1000, calls=[36, 144], n=128),
+    "sudoku": dict(dim=64, depth=3, batch_size=32, pretrain=4000, adapt=700, calls=[36, 144], n=128),
     "text": dict(dim=128, depth=4, batch_size=32, pretrain=12000, adapt=1000, calls=[64], n=128),
     "molecules": dict(dim=128, depth=4, batch_size=128, pretrain=8000, adapt=1000, calls=[32], n=1000),
     "images": dict(dim=128, depth=4, batch_size=32, pretrain=4000, adapt=750, calls=[64], n=2000),
