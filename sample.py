@@ -388,6 +388,9 @@ def parse():  # fmt: off
         p.error("-n and --seeds are 1 or more, --seed is 0 or more")
     if len(args.steps) + len(args.temperature) > 2 and not args.evaluate:
         p.error("several --steps or --temperature are for --evaluate")
+    shows = args.prompt or args.length or args.watch or args.film or args.save
+    if args.evaluate and shows:
+        p.error("--evaluate measures free samples: --prompt, --length, --watch, --film and --save have no effect")
     return args
 
 

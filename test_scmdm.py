@@ -1632,6 +1632,8 @@ BAD_INPUT = {  # OWN is the folder of the fixture
     "train --rates 1.5": "argument --rates: 1.5 is not between 0 and 1",
     "train --stage pretrain --seeds 2": "--seeds has no effect with --stage pretrain",
     "train --dim 8": "--dim has no effect with --stage adapt",
+    "train --stage pretrain --unroll 4": "--unroll has no effect at rate 0",
+    "sample --evaluate --watch": "--watch, --film and --save have no effect",
     "train --stage pretrain --dim 30": "Config.dim is 30",
     "train --data missing.txt": "--data missing.txt: no such file",
     "train --data empty.txt": "0 tokens, expected at least",
