@@ -27,7 +27,7 @@ import data
 from data import measures, results, windows
 from data.film import film
 from data.terminal import draw_frame, side_by_side
-from scmdm import COSINE, LINEAR, load, sample, sampler_bound, token_probs
+from scmdm import COSINE, load, sample, sampler_bound, token_probs
 
 SHIPPED = Path(__file__).parent / "data" / "models"
 
@@ -282,7 +282,8 @@ def evaluate(folder, domain, device, n, calls, temperatures=(1.0,), seeds=1, **o
 
 def report(rows, domain, folder):
     """Print what evaluate() found, and draw it."""
-    quality = next(name for name in ("gen. ppl", domain.quality, *rows[0]) if name in rows[0])
+    known = ("gen. ppl", domain.quality, "closed", "unigram entropy")  # molecules without RDKit have no "valid"
+    quality = next(name for name in known if name in rows[0])
     figures = [results.plot_frontier(rows, quality, Path(folder) / "frontier.png")]
     if any("bound" in row for row in rows):
         figures.append(results.plot_bound(rows, Path(folder) / "bound.png"))
