@@ -1,0 +1,126 @@
+"""When does it help? Every run behind the section of that name in data/README.md, as a list.
+
+    python -m data.study                train and measure whatever is missing, then print the tables
+    python -m data.study depth1 small   only these runs; two halves of the list can run at the same time
+
+A run is a folder in runs/study/, made by train.py and sample.py as a user would call them, so that each goes
+on where it was stopped. The measured rows are gathered in data/study.csv.
+"""
+
+import csv
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from data import results
+
+HERE = Path(__file__).parent
+SHIPPED, FOLDER, TABLE = HERE / "models/sudoku", Path("runs/study"), HERE / "study.csv"
+
+# name: (flags of the base, None for the shipped one; flags of the adaptation, None for the shipped arms;
+# denoiser calls). The shipped base has 3 blocks and 4,000 steps.
+RUNS = {
+    "calls": (None, None, "6 12 18 36 72 144 288"),
+    "chains": (None, "--steps 2000 --unroll 1 2 4 8 16 32", "36 144"),
+    "half": (None, "--steps 2000 --rates .5 --unroll 1 16", "36 144"),
+    "depth1": ("--depth 1 --steps 4000", "--steps 2000 --unroll 16", "36 144"),
+    "depth2": ("--depth 2 --steps 4000", "--steps 2000 --unroll 16", "36 144"),
+    "depth6": ("--depth 6 --steps 4000", "--steps 2000 --unroll 16", "36 144"),
+    "base500": ("--steps 500", "--steps 2000 --unroll 16", "36 144"),
+    "base1500": ("--steps 1500", "--steps 2000 --unroll 16", "36 144"),
+    "base12000": ("--steps 12000", "--steps 2000 --unroll 16", "36 144"),
+    "steps500": (None, "--steps 500 --unroll 16", "36 144"),
+    "steps14000": (None, "--steps 14000 --rates 1 --unroll 16", "36 144"),
+    "small": ("--data runs/study/grids4.npy --dim 32 --depth 1 --steps 2000",
+              "--data runs/study/grids4.npy --steps 2000 --unroll 1 16", "16 64"),
+}  # fmt: skip
+DRAWN = 20_000  # samples of each 4 x 4 model
+
+
+def python(*words):
+    print("python", *words, flush=True)
+    subprocess.run([sys.executable, *map(str, words)], check=True)
+
+
+def make(name):
+    base, arms, calls = RUNS[name]
+    out = FOLDER / name
+    out.mkdir(parents=True, exist_ok=True)
+    if name == "small":
+        np.save(FOLDER / "grids4.npy", np.tile(grids4(), (100, 1)))  # 100 of each: held-out data is uniform too
+    if arms is None:
+        for arm in ("base", "rate0", "rate1", "rate1-unroll16"):
+            shutil.copy(SHIPPED / f"{arm}.npz", out)
+    else:
+        if base:
+            python("train.py", "--stage", "pretrain", *base.split(), "--out", out, "--resume")
+        init = () if base else ("--init", SHIPPED / "base.npz")
+        python("train.py", "-n", 0, *arms.split(), *init, "--out", out, "--resume")
+    python("sample.py", "--models", out, "--evaluate", "-n", 256, "--steps", *calls.split())
+    rows = [{"run": name} | row for row in results.read_csv(out / "results.csv")]
+    if name == "small":
+        rows = [row | count(out, row) for row in rows if row["model"] != "real" and not row.get("signal")]
+    kept = [row for row in results.read_csv(TABLE) if row["run"] != name] if TABLE.exists() else []
+    with TABLE.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, dict.fromkeys(key for row in kept + rows for key in row))
+        writer.writeheader()
+        writer.writerows(kept + rows)
+
+
+def grids4():
+    """The 288 grids [288, 16] of 4 x 4 Sudoku, boxes of 2 x 2."""
+    rows = list(itertools.permutations(range(4)))
+    grids = np.array(list(itertools.product(rows, repeat=4)))  # [24^4, 4, 4]
+    boxes = grids.reshape(-1, 2, 2, 2, 2).swapaxes(2, 3).reshape(-1, 4, 4)
+    right = [(np.sort(units, axis=2) == np.arange(4)).all((1, 2)) for units in (grids.swapaxes(1, 2), boxes)]
+    return grids[right[0] & right[1]].reshape(-1, 16)
+
+
+def count(folder, row):
+    """What a 4 x 4 model draws, counted: the sampler's own distribution over the 288 grids.
+
+    valid: the mass on them. -log p: its mean over them, which the bound is above, in nats. entropy of the
+    grids: of the distribution within them; ln 288 = 5.663 if all are as likely.
+    """
+    calls, arms = f"{row['calls']:g}", [path.stem for path in folder.glob("rate*.npz")]
+    path = folder / f"{calls}.jsonl"
+    if not path.exists():
+        words = ["--models", folder, "--model", *arms, "-n", DRAWN, "--steps", calls, "--save", FOLDER / "new.jsonl"]
+        subprocess.run([sys.executable, "sample.py", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+        os.replace(FOLDER / "new.jsonl", path)
+    label = results.label(row["model"])
+    records = map(json.loads, path.open(encoding="utf-8"))
+    x = np.array([r["text"].split() for r in records if r["model"] == label], dtype=int)  # [N, 16]
+    grids = grids4()
+    code = 4 ** np.arange(16)  # a grid as one number
+    counts = (np.sort(grids @ code)[:, None] == x @ code).sum(1)  # [288]
+    p = counts / counts.sum()
+    inner = -(p * np.log(np.where(p > 0, p, 1))).sum()
+    return {"valid": counts.sum() / len(x), "-log p": -np.log(np.maximum(counts, 0.5) / len(x)).mean(),
+            "entropy of the grids": inner, "never drawn": (counts == 0).sum()}  # fmt: skip
+
+
+def show():
+    table = []
+    for row in results.read_csv(TABLE):
+        if row["model"] == "real" or row.get("signal"):
+            continue
+        line = {"run": row["run"], "model": results.label(row["model"]), "calls": f"{row['calls']:g}"}
+        line["bound"] = f"{row['bound']:.3f}"
+        line["minus base"] = f"{row['minus base']:+.3f} ± {row['half']:.3f}" if row["model"] != "base" else ""
+        for key in ("valid", "completed", "path entropy", "-log p", "entropy of the grids", "never drawn"):
+            line[key] = f"{row[key]:.3f}" if key in row else ""
+        table.append(line)
+    results.print_table(table)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or RUNS:
+        make(name)
+    show()
