@@ -200,8 +200,8 @@ def plot_bound(rows, path):
 
 
 def plot_frontier(rows, quality, path):
-    """A measure against the predictive entropy, at the most calls: a curve for each model over temperatures,
-    1 the large dot. A quality alone says little: whoever samples colder gets more of it."""
+    """A measure against the predictive entropy: a curve for each model over temperatures, 1 the large dot, at
+    the number of calls that has most of them. A quality alone says little: whoever samples colder gets more."""
     axes = blank_axes(f"predictive entropy, {rows[0]['unit']}", quality)
     if axes is None:
         return NO_FIGURE
@@ -209,7 +209,9 @@ def plot_frontier(rows, quality, path):
     rows = [row for row in rows if quality in row]
     real = [row for row in rows if row["model"] == "real"]
     rows = [row for row in rows if row["model"] != "real" and "path entropy" in row]
-    rows = [row for row in rows if row["calls"] == max(r["calls"] for r in rows)]
+    warmth = {(row["calls"], row["temperature"]) for row in rows}
+    calls = max((calls for calls, _ in warmth), key=lambda calls: (sum(c == calls for c, _ in warmth), calls))
+    rows = [row for row in rows if row["calls"] == calls]
     points = draw_curves(axes, rows, colours, "temperature", "path entropy", quality)
     for (model, temperature), point in points.items():
         if temperature == 1:

@@ -20,25 +20,31 @@ import numpy as np
 
 from data import results
 
-HERE = Path(__file__).parent
-SHIPPED, FOLDER, TABLE = HERE / "models/sudoku", Path("runs/study"), HERE / "study.csv"
+SHIPPED, FOLDER, TABLE = Path("data/models/sudoku"), Path("runs/study"), Path("data/study.csv")
 
-# name: (flags of the base, None for the shipped one; flags of the adaptation, None for the shipped arms;
-# denoiser calls). The shipped base has 3 blocks and 4,000 steps.
+SHORT = f"-n 0 --init {SHIPPED}/base.npz --steps 2000"  # from the shipped base: 3 blocks, 4,000 steps
+OWN = "-n 0 --steps 2000 --unroll 16"  # from the base of the same folder
+GRIDS4 = f"--data {FOLDER}/grids4.npy"
+# name: (what train.py is called with, one call after another; denoiser calls). Without a flag for it, an arm
+# for the control is trained too, with its own learning rate, 5e-4 for 2e-3.
 RUNS = {
-    "calls": (None, None, "6 12 18 36 72 144 288"),
-    "chains": (None, "--steps 2000 --unroll 1 2 4 8 16 32", "36 144"),
-    "half": (None, "--steps 2000 --rates .5 --unroll 1 16", "36 144"),
-    "depth1": ("--depth 1 --steps 4000", "--steps 2000 --unroll 16", "36 144"),
-    "depth2": ("--depth 2 --steps 4000", "--steps 2000 --unroll 16", "36 144"),
-    "depth6": ("--depth 6 --steps 4000", "--steps 2000 --unroll 16", "36 144"),
-    "base500": ("--steps 500", "--steps 2000 --unroll 16", "36 144"),
-    "base1500": ("--steps 1500", "--steps 2000 --unroll 16", "36 144"),
-    "base12000": ("--steps 12000", "--steps 2000 --unroll 16", "36 144"),
-    "steps500": (None, "--steps 500 --unroll 16", "36 144"),
-    "steps14000": (None, "--steps 14000 --rates 1 --unroll 16", "36 144"),
-    "small": ("--data runs/study/grids4.npy --dim 32 --depth 1 --steps 2000",
-              "--data runs/study/grids4.npy --steps 2000 --unroll 1 16", "16 64"),
+    "calls": ([], "6 12 18 36 72 144 288"),  # the shipped models
+    "chains": ([f"{SHORT} --unroll 1 2 4 8 16 32"], "36 144"),
+    "half": ([f"{SHORT} --rates .5 --unroll 1 16", "--stage pretrain --rates .5 --steps 6000"], "36 144"),
+    "long": ([f"{SHORT} --rates 0 --long-control"], "36 144"),
+    "lr2e-4": ([f"{SHORT} --rates 0 --lr 2e-4"], "36 144"),
+    "lr1e-3": ([f"{SHORT} --unroll 1 16 --lr 1e-3"], "36 144"),
+    "lr4e-3": ([f"{SHORT} --rates 1 --unroll 1 16 --lr 4e-3"], "36 144"),
+    "depth1": (["--stage pretrain --depth 1", OWN], "36 144"),
+    "depth2": (["--stage pretrain --depth 2", OWN], "36 144"),
+    "depth6": (["--stage pretrain --depth 6", OWN], "36 144"),
+    "base500": (["--stage pretrain --steps 500", OWN], "36 144"),
+    "base1500": (["--stage pretrain --steps 1500", OWN], "36 144"),
+    "base12000": (["--stage pretrain --steps 12000", OWN], "36 144"),
+    "steps500": ([f"{SHORT} --steps 500 --unroll 16"], "36 144"),
+    "steps14000": ([f"{SHORT} --steps 14000 --rates 1 --unroll 16"], "36 144"),
+    "small": ([f"{GRIDS4} --stage pretrain --dim 32 --depth 1 --steps 2000",
+               f"{GRIDS4} -n 0 --steps 2000 --unroll 1 16"], "16 64"),
 }  # fmt: skip
 DRAWN = 20_000  # samples of each 4 x 4 model
 
@@ -49,19 +55,16 @@ def python(*words):
 
 
 def make(name):
-    base, arms, calls = RUNS[name]
+    trainings, calls = RUNS[name]
     out = FOLDER / name
     out.mkdir(parents=True, exist_ok=True)
     if name == "small":
         np.save(FOLDER / "grids4.npy", np.tile(grids4(), (100, 1)))  # 100 of each: held-out data is uniform too
-    if arms is None:
+    if name == "calls":
         for arm in ("base", "rate0", "rate1", "rate1-unroll16"):
             shutil.copy(SHIPPED / f"{arm}.npz", out)
-    else:
-        if base:
-            python("train.py", "--stage", "pretrain", *base.split(), "--out", out, "--resume")
-        init = () if base else ("--init", SHIPPED / "base.npz")
-        python("train.py", "-n", 0, *arms.split(), *init, "--out", out, "--resume")
+    for flags in trainings:
+        python("train.py", *flags.split(), "--out", out, "--resume")
     python("sample.py", "--models", out, "--evaluate", "-n", 256, "--steps", *calls.split())
     rows = [{"run": name} | row for row in results.read_csv(out / "results.csv")]
     if name == "small":
