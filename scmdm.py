@@ -63,9 +63,8 @@ def unmask_prob(s, t, schedule=LINEAR):
 
 
 def uniform(shape, device, generator=None):
-    """Uniform numbers in [0, 1): the only source of randomness in this file, so that a port can replay it.
-
-    In float64, because float32 is too coarse for rare tokens at many steps: one float32 Gumbel draw over
+    """Uniform numbers in [0, 1). Process, loss and sampler draw from nothing else, so that a port can replay
+    them. In float64, because float32 is too coarse for rare tokens at many steps: one float32 draw over
     {tokens, mask} starves them (Zheng et al. 2024, arXiv 2409.02908). Apple's mps has only float32.
     """
     dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
@@ -116,7 +115,7 @@ class SelfConditioning(nn.Module):
 
     def forward(self, xt, x0_prev=None):
         """xt [B, L]; x0_prev [B, L, V] probabilities -> [B, L, D]. No signal, None or zeros, gives zero."""
-        E = self.shared[0].weight  # [V+1, D]
+        E = self.shared[0].weight  # [at least V, D]
         if x0_prev is None:
             return E.new_zeros(*xt.shape, E.shape[1])
         V = x0_prev.shape[-1]
@@ -262,8 +261,8 @@ def diffusion_loss(
 
     What it means: the average, over all orders in which the tokens could be revealed, of the chain-rule cost
     of the sequence. The weight is the rate at which masks are lifted, unmask_prob(t - dt, t) = weight(t) dt,
-    so that each token is paid for once, when it is revealed. For the linear schedule it is 1/t. The value
-    does not depend on the schedule (MD4, Shi et al. 2024, arXiv 2406.04329; MDLM, Sahoo et al., 2406.07524).
+    so that each token is paid for once, when it is revealed. For the linear schedule it is 1/t. With unroll=1
+    the value does not depend on the schedule (MD4, Shi et al. 2024, arXiv 2406.04329; MDLM, Sahoo et al., 2406.07524).
 
     denoiser: any callable (xt [B, L], x0_prev [B, L, V] or None) -> logits [B, L, V]. A model with a time
         input cannot be adapted by this code as it stands: every call, in pass 1 and in the sampler too,
@@ -293,10 +292,10 @@ def diffusion_loss(
     xt = mask_tokens(x0, u, t, mask_id, frozen, schedule)  # [B, L]
 
     # 3. Pass 1, the method: the model's own prediction becomes the signal. No gradient goes through it, or
-    #    the model would shape pass 1 to help pass 2 and no longer to estimate x0. The paper makes it by one
-    #    pass at xt itself, from no signal. Sampling makes it at the state before xt, with a signal that was
-    #    made with a signal, and so on. unroll > 1 (ours; the idea is SUNDAE's, Savinov et al. 2022, arXiv
-    #    2112.06749) does as sampling does: k passes, at the k states before xt, each given the last. How
+    #    pass 1 could become a code for pass 2 instead of an estimate of x0. The paper makes it by one pass at
+    #    xt itself, from no signal. Sampling makes it at the state before, more masked than xt, with a signal
+    #    that was made with a signal, and so on. unroll > 1 (ours; the idea is SUNDAE's, Savinov et al. 2022,
+    #    arXiv 2112.06749) imitates that on x0: k passes, at the k states before xt, each given the last. How
     #    far apart they are depends on the number of calls, T, that one will sample with: it is drawn too.
     given = uniform((B,), x0.device, generator) < self_cond_rate  # [B]
     x0_prev = None
