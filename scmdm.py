@@ -262,7 +262,7 @@ def diffusion_loss(
     What it means: the average, over all orders in which the tokens could be revealed, of the chain-rule cost
     of the sequence. The weight is the rate at which masks are lifted, unmask_prob(t - dt, t) = weight(t) dt,
     so that each token is paid for once, when it is revealed. For the linear schedule it is 1/t. With unroll=1
-    the value does not depend on the schedule (MD4, Shi et al. 2024, arXiv 2406.04329; MDLM, Sahoo et al., 2406.07524).
+    the value does not depend on the schedule (MD4, arXiv 2406.04329; MDLM, Sahoo et al. 2024, 2406.07524).
 
     denoiser: any callable (xt [B, L], x0_prev [B, L, V] or None) -> logits [B, L, V]. A model with a time
         input cannot be adapted by this code as it stands: every call, in pass 1 and in the sampler too,
