@@ -282,13 +282,7 @@ def evaluate(folder, domain, device, n, calls, temperatures=(1.0,), seeds=1, **o
 
 def report(rows, domain, folder):
     """Print what evaluate() found, and draw it."""
-    known = ("gen. ppl", domain.quality, "closed", "unigram entropy")  # molecules without RDKit have no "valid"
-    quality = next(name for name in known if name in rows[0])
-    figures = [results.plot_frontier(rows, quality, Path(folder) / "frontier.png")]
-    if any("bound" in row for row in rows):
-        figures.append(results.plot_bound(rows, Path(folder) / "bound.png"))
-    print("\n".join(dict.fromkeys(figures)) + "\n")  # without matplotlib, both say the same
-    results.report(rows, domain, quality)
+    results.everything(rows, domain, folder)
     if domain.source and "gen. ppl" not in rows[0]:
         command = f"python train.py --data {domain.source['path']} --out {folder} --stage judge"
         print(f"No generative perplexity, for want of a judge: {command} makes one.")

@@ -170,7 +170,7 @@ def colours_of(rows):
 
 
 def save_figure(axes, path):
-    axes.legend(frameon=False)
+    axes.figure.legend(loc="outside upper center", ncols=3, frameon=False)
     axes.figure.savefig(path, dpi=100)  # 700 pixels wide
     return f"figure: {path}"
 
@@ -184,18 +184,14 @@ def plot_bound(rows, path):
     if axes is None:
         return NO_FIGURE
     colours = colours_of(rows)
-    rows, base = [row for row in rows if "bound" in row and "signal" not in row], {}  # {calls: [bound]}
-    for row in rows:
-        if row["model"] == "base":
-            base.setdefault(row["calls"], []).append(row["bound"])
-    rows = [r | {"gain": r["bound"] - np.mean(base[r["calls"]])} for r in rows if r["calls"] in base]
-    rows = [row for row in rows if row["model"] != "base"]
+    rows = [row for row in rows if "bound" in row and "signal" not in row and row["model"] != "base"]
     axes.axhline(0, color=COLOURS["base"], linewidth=1, label=label("base"))
-    draw_curves(axes, rows, colours, "calls", "calls", "gain")
+    draw_curves(axes, rows, colours, "calls", "calls", "minus base")
     for row in rows:
-        axes.scatter(row["calls"], row["gain"], s=6, alpha=0.6, color=colours[row["model"]])
+        axes.scatter(row["calls"], row["minus base"], s=6, alpha=0.6, color=colours[row["model"]])
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(base), [f"{calls:g}" for calls in sorted(base)])
+    ticks = sorted({row["calls"] for row in rows})
+    axes.set_xticks(ticks, [f"{calls:g}" for calls in ticks])
     return save_figure(axes, path)
 
 
@@ -225,12 +221,22 @@ def plot_frontier(rows, quality, path):
     return save_figure(axes, path)
 
 
+def everything(rows, domain, folder):
+    """Draw both figures in the folder, and print the table and the sentence. What is shown of the samples is
+    generative perplexity if there was a judge, else the domain's quality (molecules without RDKit: closed)."""
+    known = ("gen. ppl", domain.quality, "closed", "unigram entropy")
+    quality = next(name for name in known if name in rows[0])
+    figures = [plot_frontier(rows, quality, Path(folder) / "frontier.png")]
+    if any("bound" in row for row in rows):
+        figures.append(plot_bound(rows, Path(folder) / "bound.png"))
+    print("\n".join(dict.fromkeys(figures)) + "\n")  # without matplotlib, both say the same
+    report(rows, domain, quality)
+
+
 if __name__ == "__main__":  # python -m data.results FOLDER DOMAIN: the table and the figures of its results.csv
     import sys
 
     from data import get
 
-    folder, domain = Path(sys.argv[1]), get(sys.argv[2])
-    rows = read_csv(folder / "results.csv")
-    print(plot_bound(rows, folder / "bound.png"), plot_frontier(rows, domain.quality, folder / "frontier.png"))
-    report(rows, domain, domain.quality)
+    folder = Path(sys.argv[1])
+    everything(read_csv(folder / "results.csv"), get(sys.argv[2]), folder)
