@@ -43,7 +43,7 @@ import data
 import sample as sample_py
 import scmdm
 import train as train_py
-from data import golden, measures, results, sudoku, terminal
+from data import dna, golden, measures, results, sudoku, terminal
 from scmdm import COSINE, LINEAR, Config, SelfConditioning, Transformer, add_self_conditioning, diffusion_loss
 from scmdm import load, q_sample, sample, sampler_bound, save, unmask_prob
 
@@ -1587,7 +1587,7 @@ def test_nothing_finished_is_destroyed(own, call, tmp_path):
 
 def test_the_main_job(call, monkeypatch, tmp_path):
     """train.py alone pretrains on Sudoku, adapts, and ends with a table whose last row is the truth."""
-    small = dict(dim=16, depth=1, batch_size=4, pretrain=3, adapt=2, calls=[2, 3])
+    small = dict(dim=16, depth=1, batch_size=4, steps=(3, 2), unroll=16, lr=2e-3, calls=[2, 3])
     monkeypatch.setitem(train_py.DEFAULTS, "sudoku", small)
     out = call(train_py, "--out", tmp_path, "-n", 4)
     table = out[out.index("model ") :].split("bound:")[0]
@@ -1703,6 +1703,23 @@ def test_sudoku_is_exactly_uniform():
     broken = train[:1].copy()
     broken[0, 0] = broken[0, 1]
     assert sudoku.wrong(broken)[0, :2].all() and sudoku.score(broken, None)["valid"] == 0
+
+
+def test_genes(monkeypatch):
+    """Genes are the longest open reading frames, ATG to stop, of both strands alike; the code is the standard."""
+    monkeypatch.setattr(dna, "SHORTEST", 42)
+    bases = np.random.default_rng(0).integers(0, 4, 60000)
+    frames = {}  # {the end of a frame: its start}
+    for match in re.finditer("(?=(ATG(?:(?!TAA|TAG|TGA)...)*)(?:TAA|TAG|TGA))", "".join("ACGT"[b] for b in bases)):
+        start, end = match.span(1)
+        frames[end] = min(start, frames.get(end, start))
+    expected = sorted((start, end) for end, start in frames.items() if end - start >= 3 * 42)
+    found = dna.genes(bases)
+    assert sorted(dna.open_reading_frames(bases)) == expected and len(expected) > 20
+    assert dna.score(found, found)["open"] == 1 and len(found) > 40
+    assert sorted(map(bytes, found)) == sorted(map(bytes, dna.genes(3 - bases[::-1])))
+    letters = [dna.CODE[16 * a + 4 * b + c] for a, b, c in np.reshape(dna.domain().encode("ATGTGGAAATTTTAATAGTGA"), (7, 3))]
+    assert "".join(letters) == "MWKF***"
 
 
 def test_measures():

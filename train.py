@@ -37,20 +37,19 @@ from scmdm import without_mask
 
 # How each domain is trained by default; a file of your own is trained like text. Every flag below overrides.
 DEFAULTS = {
-    # width, blocks, sequences per step, steps of pretraining and of adaptation; denoiser calls and n in the
-    # table
-    "sudoku": dict(dim=64, depth=3, batch_size=32, pretrain=4000, adapt=700, calls=[36, 144], n=128),
-    "text": dict(dim=128, depth=4, batch_size=32, pretrain=12000, adapt=1000, calls=[64], n=128),
-    "molecules": dict(dim=128, depth=4, batch_size=128, pretrain=8000, adapt=1000, calls=[32], n=1000),
-    "images": dict(dim=128, depth=4, batch_size=32, pretrain=4000, adapt=750, calls=[64], n=2000),
-    "dna": dict(dim=128, depth=4, batch_size=32, pretrain=3000, adapt=1000, calls=[64], n=256),
+    # width, blocks, sequences per step; steps of pretraining, of adaptation; most passes that make a signal, and
+    # peak learning rate of the arms that get one; denoiser calls and n in the table
+    "sudoku": dict(dim=64, depth=3, batch_size=32, steps=(4000, 700), unroll=16, lr=2e-3, calls=[36, 144], n=128),
+    "text": dict(dim=128, depth=4, batch_size=32, steps=(12000, 1000), unroll=8, lr=1e-3, calls=[64], n=128),
+    "molecules": dict(dim=128, depth=4, batch_size=128, steps=(8000, 1000), unroll=8, lr=1e-3, calls=[32], n=1000),
+    "images": dict(dim=128, depth=4, batch_size=32, steps=(4000, 750), unroll=8, lr=1e-3, calls=[64], n=2000),
+    "dna": dict(dim=128, depth=4, batch_size=32, steps=(3000, 1000), unroll=8, lr=1e-3, calls=[64], n=1000),
 }
 JUDGE_STEPS = 4000  # a causal model learns from every position at once, and needs fewer
 STATE_EVERY = 60  # seconds: kill -9 loses at most this much
-LR = {  # peak learning rates
+LR = {  # peak learning rates where no signal is trained
     "pretrain": 2e-3,  # small models like large steps
     "judge": 2e-3,
-    "adapt": 2e-3,  # the new matrix starts at zero and has far to go
     "control": 5e-4,  # training on without a signal: what is large for the base undoes it
 }
 
@@ -80,11 +79,11 @@ def parse():  # fmt: off
     a("--rates", type=rate, nargs="+", metavar="RATE",
       help="adapt: rates of self-conditioning, an arm for each (default: 0 1); pretrain: one, from scratch (0)")
     a("--unroll", type=positive, nargs="+", metavar="K",
-      help="most passes that make the signal, an arm for each; 1 is the paper's recipe (default: 1 16)")
+      help="most passes that make the signal, an arm for each; 1 is the paper's recipe (default: 1 and 16, or 8)")
     a("--long-control", action="store_true", help="adapt: train rate 0 for as much time as the largest K too")
     a("--steps", type=positive, help="optimiser steps; with adapt, of each arm")
     a("--batch-size", type=positive, help="sequences per step, over all processes")
-    a("--lr", type=number(float, 1e-9), help=f"peak learning rate (default: {lrs})")
+    a("--lr", type=number(float, 1e-9), help=f"peak learning rate (default: {lrs}; else 2e-3 on Sudoku, 1e-3)")
     a("--weight-decay", type=number(float, 0), default=0.05, help="of the matrices (default: 0.05)")
     a("--dim", type=positive, help="pretrain, judge: width of the model")
     a("--depth", type=positive, help="pretrain, judge: blocks")
@@ -116,8 +115,11 @@ def parse():  # fmt: off
     args.heads = args.heads or 4
     for name in ("dim", "depth", "batch_size"):
         setattr(args, name, getattr(args, name) or default[name])
-    args.pretrain_steps = args.steps if args.stage == "pretrain" and args.steps else default["pretrain"]
-    args.adapt_steps = args.steps or default["adapt"]
+    pretrain, adapt = default["steps"]
+    args.pretrain_steps = args.steps if args.stage == "pretrain" and args.steps else pretrain
+    args.adapt_steps = args.steps or adapt
+    args.chains = args.unroll or [1, default["unroll"]]
+    args.adapt_lr = args.lr or default["lr"]
     return args
 
 
@@ -327,10 +329,10 @@ def arms_of(args):
         return [(name + (f"-unroll{K}" if K > 1 else ""), rate, K, args.pretrain_steps)]
     arms = []
     for rate in args.rates or [0, 1]:
-        for K in (args.unroll or [1, 16]) if rate else [1]:
+        for K in args.chains if rate else [1]:
             arms.append((f"rate{rate:g}" + (f"-unroll{K}" if K > 1 else ""), rate, K, args.adapt_steps))
     if args.long_control:  # of the cost of a step, forward is 1, backward 2, and the signal (K + 1) / 2 more
-        K = max(args.unroll or [16])
+        K = max(args.chains)
         arms.insert(0, ("rate0-long", 0, 1, round(args.adapt_steps * (3 + (K + 1) / 2) / 3)))
     return arms
 
@@ -415,7 +417,7 @@ def main():
         for name, rate, K, steps in arms_of(args):
             name += f"-seed{seed}" if seed else ""
             build = lambda: add_self_conditioning(base) if rate else copy.deepcopy(base)  # noqa: B023, E731
-            lr = args.lr or LR["adapt" if rate else "control"]
+            lr = args.adapt_lr if rate else args.lr or LR["control"]
             trained(name, build, diffusion_at(rate, K), steps, lr, seed, rate=rate, unroll=K, base=crc)
 
     # --- and the table of all that lies in OUT ---

@@ -110,9 +110,9 @@ def report(rows, domain, quality):
         table.append({"model": "the truth"} | truth)
     print_table(table)
     print(f"bound: of -log p, under the sampler, lower is better; entropy: of what was drawn from. In {unit}.")
-    others = {}  # {model: how it fares with each other signal}
-    for (model, signal, _), group in groups.items():
-        if signal:
+    others, most = {}, max(calls for _, _, calls in groups)  # {model: how it fares with each other signal}
+    for (model, signal, calls), group in groups.items():
+        if signal and calls == most:
             others.setdefault(model, []).append(f"{signal} {less_base(group)[0]:+.3f}")
     for model, words in others.items():
         print(f"{label(model)} with another signal than its own, bound minus base: {', '.join(words)}.")
