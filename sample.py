@@ -123,7 +123,7 @@ def load_models(files, domain, device):
 
 
 def load_judge(folder, domain, device):
-    """A function x [N, L] -> -log p(x), nats [N]: the causal model beside the others, None if there is none."""
+    """A function x [N, L] -> -log p(x), nats [N]: the causal model beside the others, or None."""
     path = find_model(folder, domain.name, "judge")
     if path is None:
         return None
@@ -311,7 +311,7 @@ def canvas_of(prompt, domain, length):
 
 
 def show(models, domain, canvas, steps, seed, watch=False, film_path=None, **options):
-    """Fill the canvas [N, L] with each of {label: model}, print the samples beside each other, return them."""
+    """Fill the canvas [N, L] with each of {label: model}, print the samples side by side, return them."""
     columns = shutil.get_terminal_size((100, 24)).columns
     samples, films, width = {}, {}, min(56, (columns + 1) // len(models) - 3)
     for label, model in models.items():
@@ -358,17 +358,17 @@ def parse():  # fmt: off
     a("--models", help="a folder of models made by train.py, instead")
     a("--model", nargs="+", metavar="NAME", help="which, by file name (default: the base and the best SCMDM)")
     a("--prompt", default="",
-      help="known tokens, with a _ for each blank (a literal one is \\_); what follows its end is written too")
+      help="known tokens, with a _ for each blank (a literal one is \\_); what follows it is written too")
     a("--length", type=int, help="tokens, at most the model's (default); the prompt's own: infilling alone")
     a("-n", type=int, help="how many sequences; with --evaluate, for each seed (default: 2; 256 to evaluate)")
     a("--steps", type=int, nargs="+", help="denoiser calls; several to evaluate at each (default: 64)")
     a("--temperature", type=float, nargs="+", default=[1.0],
       help="below 1 sharper, 0 the likeliest token; several to evaluate at each (default: 1)")
-    a("--top-p", type=float, default=1.0, help="draw from the smallest set of tokens of this mass (default: 1)")
+    a("--top-p", type=float, default=1.0, help="draw from the fewest tokens of this mass (default: 1)")
     a("--order", choices=("random", "confidence"), default="random",
       help="which masks first: random, as the process has it (default), or the surest; that prefers what is safe:"
       " shorter, repeated, more alike")
-    a("--schedule", choices=("linear", "cosine"), default="linear", help="how many per step (default: linear)")
+    a("--schedule", choices=("linear", "cosine"), default="linear", help="how many per step")
     a("--seed", type=int, default=0, help="same seed, same device, same tokens (default: 0)")
     a("--seeds", type=int, default=1, help="evaluate: how many seeds (default: those of the training)")
     a("--device", default="auto", help="auto, cpu, cuda or mps (default: auto, the fastest there is)")

@@ -275,7 +275,7 @@ def diffusion_loss(
     Order of the draws: times (1,) if not given, masks (B, L), who gets the signal (B,), and with unroll > 1
     the number of passes (1,) and of calls (B,). Raises ValueError if self_cond_rate is outside [0, 1].
 
-    This is the bound of the denoiser with a signal made as here, to train on; `sampler_bound` is to be quoted.
+    The bound of the denoiser with a signal made as here, to train on; `sampler_bound` is to be quoted.
     """
     if not 0 <= self_cond_rate <= 1:
         raise ValueError(f"self_cond_rate is {self_cond_rate}, expected a number from 0 to 1")

@@ -1706,11 +1706,12 @@ def test_sudoku_is_exactly_uniform():
 
 
 def test_genes(monkeypatch):
-    """Genes are the longest open reading frames, ATG to stop, of both strands alike; the code is the standard."""
+    """Genes are the longest open reading frames, ATG to stop, of both strands; the code is the standard one."""
     monkeypatch.setattr(dna, "SHORTEST", 42)
     bases = np.random.default_rng(0).integers(0, 4, 60000)
     frames = {}  # {the end of a frame: its start}
-    for match in re.finditer("(?=(ATG(?:(?!TAA|TAG|TGA)...)*)(?:TAA|TAG|TGA))", "".join("ACGT"[b] for b in bases)):
+    text = data.get("dna").decode(bases)
+    for match in re.finditer("(?=(ATG(?:(?!TAA|TAG|TGA)...)*)(?:TAA|TAG|TGA))", text):
         start, end = match.span(1)
         frames[end] = min(start, frames.get(end, start))
     expected = sorted((start, end) for end, start in frames.items() if end - start >= 3 * 42)
@@ -1718,8 +1719,8 @@ def test_genes(monkeypatch):
     assert sorted(dna.open_reading_frames(bases)) == expected and len(expected) > 20
     assert dna.score(found, found)["open"] == 1 and len(found) > 40
     assert sorted(map(bytes, found)) == sorted(map(bytes, dna.genes(3 - bases[::-1])))
-    letters = [dna.CODE[16 * a + 4 * b + c] for a, b, c in np.reshape(dna.domain().encode("ATGTGGAAATTTTAATAGTGA"), (7, 3))]
-    assert "".join(letters) == "MWKF***"
+    codons = dna.codons(np.array(data.get("dna").encode("ATGTGGAAATTTTAATAGTGA")))
+    assert "".join(dna.CODE[codon] for codon in codons) == "MWKF***"
 
 
 def test_measures():

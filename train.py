@@ -1,6 +1,6 @@
 """Train: the optimisation, and nothing else. The method is in scmdm.py, the measures are in data/.
 
-    python train.py                       Sudoku from nothing: pretrain a base, adapt it, compare. The main job
+    python train.py                       Sudoku from nothing: pretrain a base, adapt it, compare
     python train.py --data text           adapt the text model that lies in data/models/, and compare
     python train.py --stage pretrain      only the vanilla masked diffusion model that everything starts from
     python train.py --stage judge         an autoregressive model, which generative perplexity needs
@@ -37,8 +37,8 @@ from scmdm import without_mask
 
 # How each domain is trained by default; a file of your own is trained like text. Every flag below overrides.
 DEFAULTS = {
-    # width, blocks, sequences per step; steps of pretraining, of adaptation; most passes that make a signal, and
-    # peak learning rate of the arms that get one; denoiser calls and n in the table
+    # width, blocks, sequences per step; steps of pretraining, of adaptation; most passes that make a signal,
+    # and peak learning rate of the arms that get one; denoiser calls and n in the table
     "sudoku": dict(dim=64, depth=3, batch_size=32, steps=(4000, 700), unroll=16, lr=2e-3, calls=[36, 144], n=128),
     "text": dict(dim=128, depth=4, batch_size=32, steps=(12000, 1000), unroll=8, lr=1e-3, calls=[64], n=128),
     "molecules": dict(dim=128, depth=4, batch_size=128, steps=(8000, 1000), unroll=8, lr=1e-3, calls=[32], n=1000),
@@ -71,19 +71,19 @@ def parse():  # fmt: off
       help="default: adapt, which pretrains a base first where there is none")
     a("--data", default="sudoku", help=f"{', '.join(data.NAMES)}, or your own text or .npy of integers")
     a("--lines", action="store_true", help="your file is one sequence per line, not one long text")
-    a("--length", type=positive, help="your file: the window, or the longest line that is kept (default: 128)")
+    a("--length", type=positive, help="your file: the window, or the longest line kept (default: 128)")
     a("--vocab", help="your .npy: a file with one token per line, to print samples as text")
     a("--out", help="folder of the trained models (default: runs/NAME)")
     a("--resume", action="store_true", help="go on in OUT: keep what is finished, continue what was not")
     a("--init", help="adapt: the base (default: OUT/base.npz, else the one in data/models/)")
     a("--rates", type=rate, nargs="+", metavar="RATE",
-      help="adapt: rates of self-conditioning, an arm for each (default: 0 1); pretrain: one, from scratch (0)")
+      help="adapt: rates of self-conditioning, an arm for each (default: 0 1); pretrain: one (0)")
     a("--unroll", type=positive, nargs="+", metavar="K",
-      help="most passes that make the signal, an arm for each; 1 is the paper's recipe (default: 1 and 16, or 8)")
+      help="most passes that make the signal, an arm for each; 1 is the paper's recipe (default: 1 16, or 1 8)")
     a("--long-control", action="store_true", help="adapt: train rate 0 for as much time as the largest K too")
     a("--steps", type=positive, help="optimiser steps; with adapt, of each arm")
     a("--batch-size", type=positive, help="sequences per step, over all processes")
-    a("--lr", type=number(float, 1e-9), help=f"peak learning rate (default: {lrs}; else 2e-3 on Sudoku, 1e-3)")
+    a("--lr", type=number(float, 1e-9), help=f"peak learning rate (default: {lrs}; with a signal 1e-3, Sudoku 2e-3)")
     a("--weight-decay", type=number(float, 0), default=0.05, help="of the matrices (default: 0.05)")
     a("--dim", type=positive, help="pretrain, judge: width of the model")
     a("--depth", type=positive, help="pretrain, judge: blocks")
@@ -92,7 +92,7 @@ def parse():  # fmt: off
     a("--seeds", type=positive, help="adapt: number of seeds to train each arm with (default: 1)")
     a("--device", default="auto", help="auto, cpu, cuda or mps (default: auto, the fastest there is)")
     a("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrix products")
-    a("--compile", action="store_true", help="torch.compile: slow to start, then faster; needs a C++ compiler")
+    a("--compile", action="store_true", help="torch.compile: slow to start, then faster; needs a compiler")
     a("-n", type=number(int, 0), help="adapt: sequences in the table, for each seed; 0: no table")
     a("--eval-steps", type=positive, nargs="+", help="adapt: denoiser calls in the table")
     args = p.parse_args()
@@ -103,7 +103,8 @@ def parse():  # fmt: off
         "adapt": {"dim", "depth", "heads"},
     }
     for flag in sorted(given & without_effect[args.stage]):
-        p.error(f"{'-n' if flag == 'n' else '--' + flag.replace('_', '-')} has no effect with --stage {args.stage}")
+        name = "-n" if flag == "n" else "--" + flag.replace("_", "-")
+        p.error(f"{name} has no effect with --stage {args.stage}")
     if args.stage == "pretrain" and max(len(args.rates or []), len(args.unroll or [])) > 1:
         p.error("--stage pretrain trains one model: expected one of --rates and one of --unroll")
     if args.unroll and not any(args.rates or [args.stage == "adapt"]):
@@ -342,7 +343,7 @@ def main():
     device = pick_device(args.device)
     rank, world = processes()
     if args.batch_size % world or world > 1 and args.batch_size == world:
-        fail(f"--batch-size is {args.batch_size}, expected two or more for each of {world} processes, the same")
+        fail(f"--batch-size is {args.batch_size}, expected 2 or more for each of {world} processes")
     if world > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -442,7 +443,7 @@ def keep_base(path, ours):
 
 
 def alone_in(out):
-    """An open file that no second run in the same folder can lock: it would write over what this one makes."""
+    """An open file that no second run in this folder can lock: it would write over what this one makes."""
     try:
         import fcntl
     except ImportError:  # Windows

@@ -81,7 +81,7 @@ def expect(right, path, found, expected):
 
 
 def split(tokens):
-    """Tokens -> (train, val). A tenth is val: the end of a stream; random rows, since rows are often sorted."""
+    """Tokens -> (train, val). A tenth is val: a stream's end; random rows, since rows are often sorted."""
     if tokens.ndim == 2:
         tokens = tokens[np.random.default_rng(0).permutation(len(tokens))]
     cut = len(tokens) - len(tokens) // 10

@@ -32,7 +32,7 @@ def codons(bases):
 
 
 def open_reading_frames(bases):
-    """[(first, last base + 1)] of the ATG...stop, stop excluded, of at least SHORTEST codons, in bases [N]."""
+    """[(first, last base + 1)] of each ATG...stop, stop excluded, of SHORTEST codons or more, in bases [N]."""
     found = []
     for frame in range(3):
         c = codons(bases[frame:][: (len(bases) - frame) // 3 * 3])
@@ -82,9 +82,9 @@ def shares(values, kinds):
 def score(samples, reference):
     """{measure: value} of samples [N, 126]; divergences, in bits, from real sequences [M, 126].
 
-    open: the share of sequences without a stop inside, as all real ones are. JS codons, JS amino acids: of the
-    use of codons, and of pairs of neighbouring amino acids; a finite sample has a divergence of its own, the
-    more the smaller it is: compare with as many real sequences.
+    open: the share of sequences without a stop inside, as all real ones are. JS codons, JS amino acids: of
+    the use of codons, and of pairs of neighbouring amino acids; a finite sample has a divergence of its own,
+    the more the smaller it is: compare with as many real sequences.
     """
     a, b = codons(samples), codons(reference)
     pairs = [AMINO_ACID[x[:, :-1]] * 21 + AMINO_ACID[x[:, 1:]] for x in (a, b)]

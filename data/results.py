@@ -78,7 +78,7 @@ def print_table(rows):
 
 
 def less_base(rows):
-    """(bound minus base, half of its 95% interval) over rows of several seeds, each with its own sequences."""
+    """(bound minus base, half of its 95% interval) over rows of several seeds, with sequences of their own."""
     half = sum(row["half"] ** 2 for row in rows) ** 0.5 / len(rows)
     return np.mean([row["minus base"] for row in rows]), half
 
@@ -109,7 +109,7 @@ def report(rows, domain, quality):
         truth = {"bound": f"{domain.entropy:.4g}", quality: "1.000", "entropy": f"{domain.entropy:.3f}"}
         table.append({"model": "the truth"} | truth)
     print_table(table)
-    print(f"bound: of -log p, under the sampler, lower is better; entropy: of what was drawn from. In {unit}.")
+    print(f"bound: of -log p, under the sampler, lower is better; entropy: of what is drawn from. {unit}.")
     others, most = {}, max(calls for _, _, calls in groups)  # {model: how it fares with each other signal}
     for (model, signal, calls), group in groups.items():
         if signal and calls == most:
@@ -129,8 +129,8 @@ def conclude(groups, quality):
     gain, half = less_base(last[arm])
     ours, base = (np.mean([row[quality] for row in last[model]]) for model in (arm, "base"))
     compared = "lower than" if gain < -half else "higher than" if gain > half else "no different from"
-    print(f"At {calls:g} calls {label(arm)} has {quality} {ours:.3f} where the base has {base:.3f}; its bound is")
-    print(f"{compared} the base's ({gain:+.3f} ± {half:.3f}).")
+    print(f"At {calls:g} calls {label(arm)} has {quality} {ours:.3f} where the base has {base:.3f};")
+    print(f"its bound is {compared} the base's ({gain:+.3f} ± {half:.3f}).")
 
 
 # --- figures, of the rows of a results file: model, seed, calls, temperature, and measures ---
@@ -197,7 +197,7 @@ def plot_bound(rows, path):
 
 def plot_frontier(rows, quality, path):
     """A measure against the predictive entropy: a curve for each model over temperatures, 1 the large dot, at
-    the number of calls that has most of them. A quality alone says little: whoever samples colder gets more."""
+    the number of calls that has most of them. A quality alone says little: colder sampling gets more."""
     axes = blank_axes(f"predictive entropy, {rows[0]['unit']}", quality)
     if axes is None:
         return NO_FIGURE
@@ -223,7 +223,7 @@ def plot_frontier(rows, quality, path):
 
 def everything(rows, domain, folder):
     """Draw both figures in the folder, and print the table and the sentence. What is shown of the samples is
-    generative perplexity if there was a judge, else the domain's quality (molecules without RDKit: closed)."""
+    generative perplexity if there was a judge, else the domain's quality (without RDKit: closed)."""
     known = ("gen. ppl", domain.quality, "closed", "unigram entropy")
     quality = next(name for name in known if name in rows[0])
     figures = [plot_frontier(rows, quality, Path(folder) / "frontier.png")]
@@ -233,7 +233,7 @@ def everything(rows, domain, folder):
     report(rows, domain, quality)
 
 
-if __name__ == "__main__":  # python -m data.results FOLDER DOMAIN: the table and the figures of its results.csv
+if __name__ == "__main__":  # python -m data.results FOLDER DOMAIN: its table and figures
     import sys
 
     from data import get

@@ -59,7 +59,7 @@ def make(name):
     out = FOLDER / name
     out.mkdir(parents=True, exist_ok=True)
     if name == "small":
-        np.save(FOLDER / "grids4.npy", np.tile(grids4(), (100, 1)))  # 100 of each: held-out data is uniform too
+        np.save(FOLDER / "grids4.npy", np.tile(grids4(), (100, 1)))  # held-out data is uniform too
     if name == "calls":
         for arm in ("base", "rate0", "rate1", "rate1-unroll16"):
             shutil.copy(SHIPPED / f"{arm}.npz", out)
@@ -94,7 +94,8 @@ def count(folder, row):
     calls, arms = f"{row['calls']:g}", [path.stem for path in folder.glob("rate*.npz")]
     path = folder / f"{calls}.jsonl"
     if not path.exists():
-        words = ["--models", folder, "--model", *arms, "-n", DRAWN, "--steps", calls, "--save", FOLDER / "new.jsonl"]
+        words = ["--models", folder, "--model", *arms, "-n", DRAWN, "--steps", calls]
+        words += ["--save", FOLDER / "new.jsonl"]
         subprocess.run([sys.executable, "sample.py", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
         os.replace(FOLDER / "new.jsonl", path)
     label = results.label(row["model"])
@@ -116,7 +117,8 @@ def show():
             continue
         line = {"run": row["run"], "model": results.label(row["model"]), "calls": f"{row['calls']:g}"}
         line["bound"] = f"{row['bound']:.3f}"
-        line["minus base"] = f"{row['minus base']:+.3f} ± {row['half']:.3f}" if row["model"] != "base" else ""
+        if row["model"] != "base":
+            line["minus base"] = f"{row['minus base']:+.3f} ± {row['half']:.3f}"
         for key in ("valid", "completed", "path entropy", "-log p", "entropy of the grids", "never drawn"):
             line[key] = f"{row[key]:.3f}" if key in row else ""
         table.append(line)
