@@ -43,7 +43,7 @@ import data
 import sample as sample_py
 import scmdm
 import train as train_py
-from data import dna, golden, measures, results, sudoku, terminal
+from data import dna, golden, likelihood, measures, results, sudoku, terminal
 from scmdm import COSINE, LINEAR, Config, SelfConditioning, Transformer, add_self_conditioning, diffusion_loss
 from scmdm import load, q_sample, sample, sampler_bound, save, unmask_prob
 
@@ -345,6 +345,21 @@ def test_sampler_bound_is_exact(V, L, steps, signal, schedule):
     if signal and steps > 1:
         weight, cost = sampler_paths(vanilla, X, V, steps, schedule)
         assert ((found - cost @ weight).abs() > 1e-3).any(), "the signal must matter here"
+
+
+def test_the_likelihood_of_all_orders_is_exact():
+    """data.likelihood: the cost of each order is exact, of all orders -log p(x) of `sample`; fewer give more."""
+    X, denoiser = World(3, 3, 0).X, toy(3, 3, scale=1.0)
+    weight, cost = sampler_paths(denoiser, X, 3, 4)
+    u = torch.tensor(list(itertools.product([0.875, 0.625, 0.375, 0.125], repeat=3)))  # [64, L]
+    with replay(u.double().repeat(len(X), 1)):
+        found = likelihood.cost_of_an_order(denoiser, X.repeat_interleave(len(u), 0), 3, 4)
+    costs = found.view(len(X), -1).T  # [64, N]
+    assert torch.allclose(costs, cost.T, atol=1e-5)
+    exact = -((-cost).exp() @ weight).log()
+    bounds = [likelihood.of_m_orders(costs, m) for m in (1, 2, 8, 64)]
+    assert torch.allclose(bounds[0], cost @ weight, atol=1e-5) and torch.allclose(bounds[-1], exact, atol=1e-5)
+    assert all((fewer >= more - 1e-9).all() for fewer, more in zip(bounds, bounds[1:]))
 
 
 def test_sampler_bound_falls_to_the_entropy():

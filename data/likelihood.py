@@ -16,15 +16,16 @@ import numpy as np
 import torch
 
 import data
+import scmdm
 from data import measures, results, windows
 from sample import Progress, load_models, models_in, pick_device, run
-from scmdm import mask_tokens, masked_nll, uniform, without_mask
+from scmdm import mask_tokens, masked_nll, without_mask
 
 
 @torch.no_grad()
 def cost_of_an_order(denoiser, x0, mask_id, steps, generator=None):
     """-log p(x0 | order) of `sample(..., steps)` for one random order of each x0 [B, L]. [B], nats."""
-    u = uniform(x0.shape, x0.device, generator)  # [B, L]: a position is revealed when t falls to its u
+    u = scmdm.uniform(x0.shape, x0.device, generator)  # [B, L]: a position is revealed when t falls to its u
     cost, x0_prev = 0, None
     for step in range(steps):
         xt = mask_tokens(x0, u, 1 - step / steps, mask_id)
