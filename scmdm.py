@@ -416,6 +416,9 @@ def sampler_bound(denoiser, x0, mask_id, steps, *, frozen=None, schedule=LINEAR,
     samples cannot better it. It walks the sampler's own path to x0, with nested masks from one u. At each
     call a mask would be revealed with probability unmask_prob(s, t) and then cost -log p(x0_i): every mask
     is charged that expectation.
+
+    In the mean it is the mean over orders of revealing of -log p(x0 | order), which is far above -log p(x0)
+    if the model makes up its mind early, in each order otherwise: data/likelihood.py comes closer.
     """
     u = uniform(x0.shape, x0.device, generator)  # [B, L]
     bound, x0_prev = 0, None
