@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import results
+from data import results, sudoku
 
 SHIPPED, FOLDER, TABLE = Path("data/models/sudoku"), Path("runs/study"), Path("data/study.csv")
 
@@ -46,7 +46,6 @@ RUNS = {
     "small": ([f"{GRIDS4} --stage pretrain --dim 32 --depth 1 --steps 2000",
                f"{GRIDS4} -n 0 --steps 2000 --unroll 1 16"], "16 64"),
 }  # fmt: skip
-DRAWN = 20_000  # samples of each 4 x 4 model
 
 
 def python(*words):
@@ -69,6 +68,8 @@ def make(name):
     rows = [{"run": name} | row for row in results.read_csv(out / "results.csv")]
     if name == "small":
         rows = [row | count(out, row) for row in rows if row["model"] != "real" and not row.get("signal")]
+    if name == "calls":
+        rows = [row | coincide(out, row) if row["calls"] == 144 and "rate1" in row["model"] else row for row in rows]
     kept = [row for row in results.read_csv(TABLE) if row["run"] != name] if TABLE.exists() else []
     with TABLE.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, dict.fromkeys(key for row in kept + rows for key in row))
@@ -85,29 +86,44 @@ def grids4():
     return grids[right[0] & right[1]].reshape(-1, 16)
 
 
+def drawn(folder, arms, calls, n):
+    """{model: n samples, as text} of some models in the folder, kept in a file there."""
+    path = folder / f"{calls:g}.jsonl"
+    if not path.exists():
+        arms, new = sorted(path.stem for path in folder.glob(arms)), folder / "new.jsonl"
+        python("sample.py", "--models", folder, "--model", *arms, "-n", n, "--steps", f"{calls:g}", "--save", new)
+        os.replace(new, path)
+    samples = {}
+    for record in map(json.loads, path.open(encoding="utf-8")):
+        samples.setdefault(record["model"], []).append(record["text"])
+    return samples
+
+
 def count(folder, row):
     """What a 4 x 4 model draws, counted: the sampler's own distribution over the 288 grids.
 
     valid: the mass on them. -log p: its mean over them, which the bound is above, in nats. entropy of the
     grids: of the distribution within them; ln 288 = 5.663 if all are as likely.
     """
-    calls, arms = f"{row['calls']:g}", [path.stem for path in folder.glob("rate*.npz")]
-    path = folder / f"{calls}.jsonl"
-    if not path.exists():
-        words = ["--models", folder, "--model", *arms, "-n", DRAWN, "--steps", calls]
-        words += ["--save", FOLDER / "new.jsonl"]
-        subprocess.run([sys.executable, "sample.py", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
-        os.replace(FOLDER / "new.jsonl", path)
-    label = results.label(row["model"])
-    records = map(json.loads, path.open(encoding="utf-8"))
-    x = np.array([r["text"].split() for r in records if r["model"] == label], dtype=int)  # [N, 16]
-    grids = grids4()
+    samples = drawn(folder, "rate*.npz", row["calls"], 20_000)[results.label(row["model"])]
+    x, grids = np.array([text.split() for text in samples], dtype=int), grids4()  # [N, 16], [288, 16]
     code = 4 ** np.arange(16)  # a grid as one number
     counts = (np.sort(grids @ code)[:, None] == x @ code).sum(1)  # [288]
     p = counts / counts.sum()
     inner = -(p * np.log(np.where(p > 0, p, 1))).sum()
     return {"valid": counts.sum() / len(x), "-log p": -np.log(np.maximum(counts, 0.5) / len(x)).mean(),
             "entropy of the grids": inner, "never drawn": (counts == 0).sum()}  # fmt: skip
+
+
+def coincide(folder, row):
+    """How often two valid grids of 6 x 6 are the same, digits aside, over how often they would be if all 39,168
+    were as likely: 1 for a sampler that has no favourites, 2 for one that draws from half of them."""
+    samples = drawn(folder, "rate1*.npz", row["calls"], 2000)[results.label(row["model"])]
+    x = np.array([list(text) for text in samples], dtype=int) - 1  # [N, 36]
+    x = x[~sudoku.wrong(x).any(1)]
+    _, counts = np.unique(np.take_along_axis(np.argsort(x[:, :6], 1), x, 1), axis=0, return_counts=True)
+    found, expected = (counts * (counts - 1) / 2).sum(), len(x) * (len(x) - 1) / 2 / 39168
+    return {"coincide": found / expected, "coincide, half": 1.96 * found**0.5 / expected}
 
 
 def show():
@@ -119,7 +135,7 @@ def show():
         line["bound"] = f"{row['bound']:.3f}"
         if row["model"] != "base":
             line["minus base"] = f"{row['minus base']:+.3f} ± {row['half']:.3f}"
-        for key in ("valid", "completed", "path entropy", "-log p", "entropy of the grids", "never drawn"):
+        for key in ("valid", "completed", "path entropy", "-log p", "entropy of the grids", "never drawn", "coincide"):
             line[key] = f"{row[key]:.3f}" if key in row else ""
         table.append(line)
     results.print_table(table)
