@@ -91,7 +91,8 @@ def drawn(folder, arms, calls, n):
     path = folder / f"{calls:g}.jsonl"
     if not path.exists():
         arms, new = sorted(path.stem for path in folder.glob(arms)), folder / "new.jsonl"
-        python("sample.py", "--models", folder, "--model", *arms, "-n", n, "--steps", f"{calls:g}", "--save", new)
+        words = ["--models", folder, "--model", *arms, "-n", n, "--steps", f"{calls:g}", "--save", new]
+        subprocess.run([sys.executable, "sample.py", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
         os.replace(new, path)
     samples = {}
     for record in map(json.loads, path.open(encoding="utf-8")):
