@@ -343,7 +343,7 @@ def main():
     device = pick_device(args.device)
     rank, world = processes()
     if args.batch_size % world or world > 1 and args.batch_size == world:
-        fail(f"--batch-size is {args.batch_size}, expected 2 or more for each of {world} processes")
+        fail(f"--batch-size is {args.batch_size}, expected a multiple of {world}, 2 or more for each process")
     if world > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
