@@ -251,7 +251,8 @@ def evaluate(folder, domain, device, n, calls, temperatures=(1.0,), seeds=1, **o
     for steps in calls:
         for arm in dict.fromkeys(arm for arm, _ in files):
             todo += [(arm, "", seed, steps, temperature) for seed in seeds for temperature in temperatures]
-            if models[arm, 0].config.self_conditioning and steps == max(calls) and 1 in temperatures:
+            bounded = steps == max(calls) and 1 in temperatures and not options
+            if bounded and models[arm, 0].config.self_conditioning:
                 todo += [(arm, signal, 0, steps, 1.0) for signal in ("off", "shuffled", "uniform")]
     keys = ("model", "signal", "seed", "calls", "temperature", "n", "sampler", "file")
     old_rows = results.read_csv(path) if path.exists() else []

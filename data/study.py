@@ -29,6 +29,7 @@ GRIDS4 = f"--data {FOLDER}/grids4.npy"
 # for the control is trained too, with its own learning rate, 5e-4 for 2e-3.
 RUNS = {
     "calls": ([], "6 12 18 36 72 144 288"),  # the shipped models
+    "confidence": ([], "36 72 144 --order confidence"),  # the same, the surest cells first
     "chains": ([f"{SHORT} --unroll 1 2 4 8 16 32"], "36 144"),
     "half": ([f"{SHORT} --rates .5 --unroll 1 16", "--stage pretrain --rates .5 --steps 6000"], "36 144"),
     "long": ([f"{SHORT} --rates 0 --long-control"], "36 144"),
@@ -59,7 +60,7 @@ def make(name):
     out.mkdir(parents=True, exist_ok=True)
     if name == "small":
         np.save(FOLDER / "grids4.npy", np.tile(grids4(), (100, 1)))  # held-out data is uniform too
-    if name == "calls":
+    if name in ("calls", "confidence"):
         for arm in ("base", "rate0", "rate1", "rate1-unroll16"):
             shutil.copy(SHIPPED / f"{arm}.npz", out)
     for flags in trainings:
@@ -133,8 +134,8 @@ def show():
         if row["model"] == "real" or row.get("signal"):
             continue
         line = {"run": row["run"], "model": results.label(row["model"]), "calls": f"{row['calls']:g}"}
-        line["bound"] = f"{row['bound']:.3f}"
-        if row["model"] != "base":
+        line["bound"] = f"{row['bound']:.3f}" if "bound" in row else ""
+        if "bound" in row and row["model"] != "base":
             line["minus base"] = f"{row['minus base']:+.3f} ± {row['half']:.3f}"
         for key in ("valid", "completed", "path entropy", "-log p", "entropy of the grids", "never drawn", "coincide"):
             line[key] = f"{row[key]:.3f}" if key in row else ""
