@@ -1249,8 +1249,8 @@ class MaskedLM(torch.nn.Module):
     def get_input_embeddings(self):
         return self.embed
 
-    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None):
-        h = self.norm(self.embed(input_ids) if inputs_embeds is None else inputs_embeds)
+    def forward(self, input_ids, attention_mask):
+        h = self.norm(self.embed(input_ids))
         seen = attention_mask[..., None]
         mean = ((h * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True)).expand_as(h)
         h = self.up(torch.cat((h, mean), -1)).relu()
@@ -1282,9 +1282,9 @@ def test_the_recipe_for_your_own_model_runs_as_printed(name, tmp_path, monkeypat
     scope = dict(model=model, mask_id=mask_id, special_ids=[pad, cls, sep, mask_id], batches=batches())
     recipe = printed("Adapt your own model").replace("2e-5", "1e-2", 1)  # this model is not pretrained
     build, train = recipe.split("optimizer =")
-    exec(build, scope)
     xt = torch.where((x0[0] >= 8) & (torch.rand(16, 8) < 0.5), mask_id, x0[0])
-    plain = model(input_ids=xt, attention_mask=(xt != pad).long()).logits
+    plain = model.eval()(input_ids=xt, attention_mask=(xt != pad).long()).logits
+    exec(build, scope)
     assert all(torch.equal(scope["denoiser"](xt, p), plain) for p in (None, torch.rand(16, 8, V)))
     exec("optimizer =" + train, scope)
     W = scope["denoiser"].adapter.W
@@ -1299,13 +1299,26 @@ def test_the_recipe_for_your_own_model_runs_as_printed(name, tmp_path, monkeypat
     assert set(mine[prompt == mask_id].tolist()) <= {8, 9}
 
 
+class Foreign(Transformer):
+    """Ours, called as a masked language model of transformers is."""
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, xt, attention_mask=None):
+        return types.SimpleNamespace(logits=super().forward(xt))
+
+
 def test_the_hook_of_the_recipe_is_the_same_adapter():
     """README's hook gives the built-in adapter's logits and gradient; a copy's hook is the copy's own."""
     torch.manual_seed(0)
-    exec(printed("Adapt your own model", 1), scope := {"torch": torch, "SelfConditioning": SelfConditioning})
+    build = printed("Adapt your own model").split("\ndenoiser =")[0]
+    exec(build, scope := {})
     model = Transformer(Config(vocab_size=7, length=6, dim=16, depth=1, heads=2))
-    built_in = add_self_conditioning(model)
-    hooked = scope["HookedDenoiser"](model, model.embed, 7)
+    built_in, foreign = add_self_conditioning(model), Foreign(model.config)
+    foreign.load_state_dict(model.state_dict())
+    foreign.config.pad_token_id = -1
+    hooked = scope["Denoiser"](foreign, 7)
     copied = copy.deepcopy(hooked)
     W = torch.nn.init.normal_(built_in.self_conditioning.W)
     copied.adapter.load_state_dict({"W": W})
@@ -1576,6 +1589,9 @@ def test_own_text_end_to_end(own, call, monkeypatch, tmp_path):
     rows = results.read_csv(own / "results.csv")
     assert len(rows) == 1 + 6 * 2 + 4 * 3, "real data, each model at each temperature, three other signals"
     assert all(row["gen. ppl"] > 1 for row in rows if "signal" not in row) and "another signal" in out
+    use("--evaluate", "-n", 4, "--order", "confidence")  # the bound is of random order
+    rows = [row for row in results.read_csv(own / "results.csv") if "sampler" in row]
+    assert len(rows) == 1 + 6 and all("gen. ppl" in row and "bound" not in row for row in rows)
     monkeypatch.setattr(sample_py, "generate", None)  # what is in the file is not measured again
     assert use("--evaluate", "-n", 4, "--temperature", 0.8, 1) == out
 
