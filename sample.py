@@ -368,7 +368,7 @@ def parse():  # fmt: off
     a("--top-p", type=float, default=1.0, help="draw from the fewest tokens of this mass (default: 1)")
     a("--order", choices=("random", "confidence"), default="random",
       help="which masks first: random, as the process has it (default), or the surest; that prefers what is safe:"
-      " shorter, repeated, more alike")
+      " fewer rules are broken, but text repeats itself")
     a("--schedule", choices=("linear", "cosine"), default="linear", help="how many per step")
     a("--seed", type=int, default=0, help="same seed, same device, same tokens (default: 0)")
     a("--seeds", type=int, default=1, help="evaluate: how many seeds (default: those of the training)")

@@ -356,7 +356,7 @@ def sample(
 
     order: "random" follows the diffusion process; "confidence" reveals as many as the schedule expects, those
     whose drawn token the model thinks likeliest first (as MaskGIT, arXiv 2202.04200, without the noise it
-    adds to the confidence). It prefers what is safe: samples come out shorter, more alike, repeated.
+    adds to the confidence). It prefers what is safe: fewer rules are broken, but text repeats itself.
     on_step(step, x, x0_prev): called after each step with the new state and the prediction it was drawn from.
     Order of the draws at each step: which masks to reveal (B, L), then the tokens (B, L).
     Raises ValueError for steps < 1, temperature < 0, top_p outside (0, 1], an unknown order, or logits

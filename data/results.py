@@ -239,4 +239,5 @@ if __name__ == "__main__":  # python -m data.results FOLDER DOMAIN: its table an
     from data import get
 
     folder = Path(sys.argv[1])
-    everything(read_csv(folder / "results.csv"), get(sys.argv[2]), folder)
+    rows = [row for row in read_csv(folder / "results.csv") if "sampler" not in row]  # not of another order, say
+    everything(rows, get(sys.argv[2]), folder)

@@ -40,10 +40,9 @@ RUNS = {
     "depth2": (["--stage pretrain --depth 2", OWN], "36 144"),
     "depth6": (["--stage pretrain --depth 6", OWN], "36 144"),
     "base500": (["--stage pretrain --steps 500", OWN], "36 144"),
-    "base1500": (["--stage pretrain --steps 1500", OWN], "36 144"),
     "base12000": (["--stage pretrain --steps 12000", OWN], "36 144"),
     "steps500": ([f"{SHORT} --steps 500 --unroll 16"], "36 144"),
-    "steps14000": ([f"{SHORT} --steps 14000 --rates 1 --unroll 16"], "36 144"),
+    "steps14000": ([f"{SHORT} --steps 14000 --rates 1 --unroll 8 16"], "36 144"),
     "small": ([f"{GRIDS4} --stage pretrain --dim 32 --depth 1 --steps 2000",
                f"{GRIDS4} -n 0 --steps 2000 --unroll 1 16"], "16 64"),
 }  # fmt: skip
@@ -71,6 +70,8 @@ def make(name):
         rows = [row | count(out, row) for row in rows if row["model"] != "real" and not row.get("signal")]
     if name == "calls":
         rows = [row | coincide(out, row) if row["calls"] == 144 and "rate1" in row["model"] else row for row in rows]
+    if name == "confidence":
+        rows = [row | coincide(out, row, "confidence") if row["calls"] == 36 else row for row in rows]
     kept = [row for row in results.read_csv(TABLE) if row["run"] != name] if TABLE.exists() else []
     with TABLE.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, dict.fromkeys(key for row in kept + rows for key in row))
@@ -87,12 +88,13 @@ def grids4():
     return grids[right[0] & right[1]].reshape(-1, 16)
 
 
-def drawn(folder, arms, calls, n):
-    """{model: n samples, as text} of some models in the folder, kept in a file there."""
+def drawn(folder, calls, n, order="random"):
+    """{model: n samples, as text} of the models in the folder, kept in a file there."""
     path = folder / f"{calls:g}.jsonl"
     if not path.exists():
-        arms, new = sorted(path.stem for path in folder.glob(arms)), folder / "new.jsonl"
+        arms, new = sorted(path.stem for path in folder.glob("rate*.npz")), folder / "new.jsonl"
         words = ["--models", folder, "--model", *arms, "-n", n, "--steps", f"{calls:g}", "--save", new]
+        words += ["--order", order]
         subprocess.run([sys.executable, "sample.py", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
         os.replace(new, path)
     samples = {}
@@ -107,7 +109,7 @@ def count(folder, row):
     valid: the mass on them. -log p: its mean over them, which the bound is above, in nats. entropy of the
     grids: of the distribution within them; ln 288 = 5.663 if all are as likely.
     """
-    samples = drawn(folder, "rate*.npz", row["calls"], 20_000)[results.label(row["model"])]
+    samples = drawn(folder, row["calls"], 20_000)[results.label(row["model"])]
     x, grids = np.array([text.split() for text in samples], dtype=int), grids4()  # [N, 16], [288, 16]
     code = 4 ** np.arange(16)  # a grid as one number
     counts = (np.sort(grids @ code)[:, None] == x @ code).sum(1)  # [288]
@@ -117,10 +119,10 @@ def count(folder, row):
             "entropy of the grids": inner, "never drawn": (counts == 0).sum()}  # fmt: skip
 
 
-def coincide(folder, row):
+def coincide(folder, row, order="random"):
     """How often two valid grids of 6 x 6 are the same, digits aside, over how often they would be if all 39,168
     were as likely: 1 for a sampler that has no favourites, 2 for one that draws from half of them."""
-    samples = drawn(folder, "rate1*.npz", row["calls"], 2000)[results.label(row["model"])]
+    samples = drawn(folder, row["calls"], 2000, order)[results.label(row["model"])]
     x = np.array([list(text) for text in samples], dtype=int) - 1  # [N, 36]
     x = x[~sudoku.wrong(x).any(1)]
     _, counts = np.unique(np.take_along_axis(np.argsort(x[:, :6], 1), x, 1), axis=0, return_counts=True)
