@@ -1707,7 +1707,7 @@ def test_scripts_run_as_commands(own):
     done = subprocess.run(watched, shell=True, capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr and "Error" not in done.stderr
     words = [sys.executable, HERE / "train.py", "--out", own / "stopped", "--device", "cpu"]
-    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts with & ignores ^C
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # after `&` it is ignored
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=ONE_THREAD, preexec_fn=heard)
     while process.poll() is None and not (own / "stopped" / ".lock").exists():
         time.sleep(0.1)
