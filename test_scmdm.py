@@ -1564,8 +1564,8 @@ def call(monkeypatch, capsys):
 
 
 def first_column(printed):
-    """The first column of the table in what was printed, without its head."""
-    cells = [line.split(" | ")[0].strip() for line in printed.splitlines() if " | " in line]
+    """The first column of the first table in what was printed, without its head."""
+    cells = [line.split(" | ")[0].strip() for line in printed.split("\nbound: ")[0].splitlines() if " | " in line]
     assert cells[:2] == ["model", "-" * max(map(len, cells))]
     return cells[2:]
 
@@ -1696,6 +1696,20 @@ def test_bad_input(command, own, call, tmp_path, monkeypatch):
     Path("broken/base.npz").write_bytes((own / "base.npz").read_bytes()[:-200])
     script, *words = (word.replace("OWN", str(own)) for word in command.split())
     assert BAD_INPUT[command] in call({"train": train_py, "sample": sample_py}[script], *words, status=2)
+
+
+def test_what_sharpening_gives_for_free_is_taken_out():
+    """An arm is compared with the base's quality at the arm's entropy; outside the base's entropies not at all."""
+
+    def row(model, temperature, entropy, quality):
+        return {"model": model, "calls": 4.0, "temperature": temperature, "path entropy": entropy, "valid": quality}
+
+    rows = [row("base", 1.2, 30, 0.1), row("base", 1.0, 20, 0.2), row("base", 0.8, 10, 0.6)]
+    rows.append({"model": "real", "valid": 1})
+    rows += [row("rate1", 1.0, 14, 0.5), row("rate1", 1.0, 16, 0.7), row("rate1", 0.8, 9, 0.9)]
+    line = {"model": "SCMDM (paper)", "calls": "4", "temperature": 1.0, "entropy": "15.000", "valid": "0.6"}
+    assert results.at_equal_entropy(rows, "valid") == [line | {"the base's there": "0.4"}]
+    assert results.at_equal_entropy(rows[1:2] + rows[3:], "valid") == []
 
 
 def test_scripts_run_as_commands(own):

@@ -221,6 +221,25 @@ def plot_frontier(rows, quality, path):
     return save_figure(axes, path)
 
 
+def at_equal_entropy(rows, quality):
+    """Each arm's quality beside the base's at the same predictive entropy, as rows of a table: what is left of a
+    gain when sharpening, which is free, is taken out. The base's is read from straight lines between its
+    temperatures; an arm outside them has no row."""
+    points, table = {}, []  # points: {(calls, model, temperature): (entropy, quality) of each seed}
+    for row in rows:
+        if quality in row and row["model"] != "real":
+            key = row["calls"], row["model"], row["temperature"]
+            points.setdefault(key, []).append((row["path entropy"], row[quality]))
+    points = {key: np.mean(seeds, axis=0).tolist() for key, seeds in sorted(points.items())}
+    for (calls, model, temperature), (entropy, value) in points.items():
+        base = sorted(point for key, point in points.items() if key[:2] == (calls, "base"))
+        if model != "base" and base[0][0] <= entropy <= base[-1][0]:
+            line = {"model": label(model), "calls": f"{calls:g}", "temperature": temperature}
+            line |= {"entropy": f"{entropy:.3f}", quality: f"{value:.4g}"}
+            table.append(line | {"the base's there": f"{np.interp(entropy, *zip(*base)):.4g}"})
+    return table
+
+
 def everything(rows, domain, folder):
     """Draw both figures in the folder, and print the table and the sentence. What is shown of the samples is
     generative perplexity if there was a judge, else the domain's quality (without RDKit: closed)."""
@@ -231,6 +250,9 @@ def everything(rows, domain, folder):
         figures.append(plot_bound(rows, Path(folder) / "bound.png"))
     print("\n".join(dict.fromkeys(figures)) + "\n")  # without matplotlib, both say the same
     report(rows, domain, quality)
+    if table := at_equal_entropy(rows, quality):
+        print()
+        print_table(table)
 
 
 if __name__ == "__main__":  # python -m data.results FOLDER DOMAIN: its table and figures

@@ -69,7 +69,8 @@ def make(name):
     if name == "small":
         rows = [row | count(out, row) for row in rows if row["model"] != "real" and not row.get("signal")]
     if name == "calls":
-        rows = [row | coincide(out, row) if row["calls"] == 144 and "rate1" in row["model"] else row for row in rows]
+        chosen = [row["calls"] == 144 and "rate1" in row["model"] for row in rows]
+        rows = [row | coincide(out, row) if c else row for c, row in zip(chosen, rows)]
     if name == "confidence":
         rows = [row | coincide(out, row, "confidence") if row["calls"] == 36 else row for row in rows]
     kept = [row for row in results.read_csv(TABLE) if row["run"] != name] if TABLE.exists() else []
@@ -139,7 +140,8 @@ def show():
         line["bound"] = f"{row['bound']:.3f}" if "bound" in row else ""
         if "bound" in row and row["model"] != "base":
             line["minus base"] = f"{row['minus base']:+.3f} ± {row['half']:.3f}"
-        for key in ("valid", "completed", "path entropy", "-log p", "entropy of the grids", "never drawn", "coincide"):
+        counted = ("-log p", "entropy of the grids", "never drawn", "coincide")
+        for key in ("valid", "completed", "path entropy", *counted):
             line[key] = f"{row[key]:.3f}" if key in row else ""
         table.append(line)
     results.print_table(table)
