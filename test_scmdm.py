@@ -1701,8 +1701,8 @@ def test_bad_input(command, own, call, tmp_path, monkeypatch):
 def test_what_sharpening_gives_for_free_is_taken_out():
     """An arm is compared with the base's quality at the arm's entropy; outside the base's entropies not at all."""
 
-    def row(model, temperature, entropy, quality):
-        return {"model": model, "calls": 4.0, "temperature": temperature, "path entropy": entropy, "valid": quality}
+    def row(model, temperature, entropy, valid):
+        return {"model": model, "calls": 4.0, "temperature": temperature, "path entropy": entropy, "valid": valid}
 
     rows = [row("base", 1.2, 30, 0.1), row("base", 1.0, 20, 0.2), row("base", 0.8, 10, 0.6)]
     rows.append({"model": "real", "valid": 1})
