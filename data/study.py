@@ -29,7 +29,7 @@ GRIDS4 = f"--data {FOLDER}/grids4.npy"
 # for the control is trained too, with its own learning rate, 5e-4 for 2e-3.
 RUNS = {
     "calls": ([], "6 12 18 36 72 144 288"),  # the shipped models
-    "confidence": ([], "36 72 144 --order confidence"),  # the same, the surest cells first
+    "confidence": ([], "12 18 36 72 144 --order confidence"),  # the same, the surest cells first
     "chains": ([f"{SHORT} --unroll 1 2 4 8 16 32"], "36 144"),
     "half": ([f"{SHORT} --rates .5 --unroll 1 16", "--stage pretrain --rates .5 --steps 6000"], "36 144"),
     "long": ([f"{SHORT} --rates 0 --long-control"], "36 144"),
