@@ -25,6 +25,7 @@ SHIPPED, FOLDER, TABLE = Path("data/models/sudoku"), Path("runs/study"), Path("d
 SHORT = f"-n 0 --init {SHIPPED}/base.npz --steps 2000"  # from the shipped base: 3 blocks, 4,000 steps
 OWN = "-n 0 --steps 2000 --unroll 16"  # from the base of the same folder
 GRIDS4 = f"--data {FOLDER}/grids4.npy"
+TEXT, TINY = "--data text --compile", "--dim 64 --depth 3"
 # name: (what train.py is called with, one call after another; denoiser calls). Without a flag for it, an arm
 # for the control is trained too, with its own learning rate, 5e-4 for 2e-3.
 RUNS = {
@@ -42,9 +43,13 @@ RUNS = {
     "base500": (["--stage pretrain --steps 500", OWN], "36 144"),
     "base12000": (["--stage pretrain --steps 12000", OWN], "36 144"),
     "steps500": ([f"{SHORT} --steps 500 --unroll 16"], "36 144"),
-    "steps14000": ([f"{SHORT} --steps 14000 --rates 1 --unroll 8 16"], "36 144"),
+    "steps14000": ([f"{SHORT} --steps 14000 --rates 1 --unroll 8",
+                    f"{SHORT} --steps 14000 --rates 1 --unroll 16 --seeds 3"], "36 72 144"),
     "small": ([f"{GRIDS4} --stage pretrain --dim 32 --depth 1 --steps 2000",
                f"{GRIDS4} -n 0 --steps 2000 --unroll 1 16"], "16 64"),
+    "text": ([f"{TEXT} --stage pretrain {TINY} --steps 3000", f"{TEXT} -n 0 --rates 0 .5 1 --unroll 1",
+              f"{TEXT} --stage pretrain {TINY} --rates .5 --steps 4000"], "16 64"),
+    "text-half": ([f"{TEXT} -n 0 --rates .5 --unroll 1 --batch-size 64 --steps 2500"], "64"),
 }  # fmt: skip
 
 
@@ -136,12 +141,13 @@ def show():
     for row in results.read_csv(TABLE):
         if row["model"] == "real" or row.get("signal"):
             continue
-        line = {"run": row["run"], "model": results.label(row["model"]), "calls": f"{row['calls']:g}"}
+        line = {"run": row["run"], "model": results.label(row["model"]), "seed": f"{row['seed']:g}"}
+        line["calls"] = f"{row['calls']:g}"
         line["bound"] = f"{row['bound']:.3f}" if "bound" in row else ""
         if "bound" in row and row["model"] != "base":
             line["minus base"] = f"{row['minus base']:+.3f} ± {row['half']:.3f}"
         counted = ("-log p", "entropy of the grids", "never drawn", "coincide")
-        for key in ("valid", "completed", "path entropy", *counted):
+        for key in ("valid", "completed", "gen. ppl", "path entropy", *counted):
             line[key] = f"{row[key]:.3f}" if key in row else ""
         table.append(line)
     results.print_table(table)
