@@ -20,8 +20,9 @@ From the paper: feeding the prediction back, adapting after pretraining, pass 1 
 exact form of the injection (`SelfConditioning`), `unroll` and `sampler_bound`.
 
 One convention for time, everywhere: t = 0 is clean, t = 1 is all masked, and s < t is the next, cleaner time.
-Shapes: B sequences, L positions, V tokens, D model dimensions. Tokens are 0..V-1 and the mask is V
-(`mask_id`): the model has an embedding for the mask but no logit, so it can never predict one.
+Shapes: B sequences, L positions, V tokens, D model dimensions. Tokens are 0..V-1. In our Transformer the
+mask is V (`mask_id`): it has an embedding and no logit, so that it can never be predicted. Where it is one
+of the model's V tokens, as in BERT, see `without_mask`.
 """
 
 import copy
@@ -221,7 +222,7 @@ class Transformer(nn.Module):
 
 
 def add_self_conditioning(model):
-    """A copy of a pretrained Transformer without the adapter, with it: exactly equal until trained."""
+    """A copy of a pretrained vanilla Transformer, with the adapter added: exactly equal until trained."""
     if model.config.self_conditioning or model.config.causal:
         raise ValueError(f"add_self_conditioning got {model.config}, expected a vanilla, bidirectional model")
     model = copy.deepcopy(model)
@@ -264,9 +265,8 @@ def diffusion_loss(
     so that each token is paid for once, when it is revealed. For the linear schedule it is 1/t. With unroll=1
     the value does not depend on the schedule (MD4, arXiv 2406.04329; MDLM, Sahoo et al. 2024, 2406.07524).
 
-    denoiser: any callable (xt [B, L], x0_prev [B, L, V] or None) -> logits [B, L, V]. A model with a time
-        input cannot be adapted by this code as it stands: every call, in pass 1 and in the sampler too,
-        would have to hand it the time of its own state, and none does.
+    denoiser: any callable (xt [B, L], x0_prev [B, L, V] or None) -> logits [B, L, V]. Nothing hands it a
+        time: a model with a time input is given a constant one, or loses it.
     x0 [B, L]: tokens, none of them the mask. frozen [B, L] bool: positions never masked and never scored.
     self_cond_rate: the probability, for each sequence, that the denoiser is given its own prediction: 1 is
         SCMDM, 0.5 the habit when training from scratch, 0 vanilla training.
@@ -275,7 +275,7 @@ def diffusion_loss(
     Order of the draws: times (1,) if not given, masks (B, L), who gets the signal (B,), and with unroll > 1
     the number of passes (1,) and of calls (B,). Raises ValueError if self_cond_rate is outside [0, 1].
 
-    The bound of the denoiser with a signal made as here, to train on; `sampler_bound` is to be quoted.
+    Train on this, quote `sampler_bound`: this bounds what the denoiser can do with a signal made as here.
     """
     if not 0 <= self_cond_rate <= 1:
         raise ValueError(f"self_cond_rate is {self_cond_rate}, expected a number from 0 to 1")
@@ -303,9 +303,9 @@ def diffusion_loss(
         if unroll == 1:
             times = [t]
         else:
-            k = 1 + int(unroll * uniform((1,), x0.device, generator))  # 1..unroll
+            k = 1 + int(unroll * uniform((1,), x0.device, generator))  # 1..unroll, one for the batch
             T = L * 4 ** (2 * uniform((B,), x0.device, generator) - 1)  # [B] calls, log-uniform, L/4 to 4L
-            times = [t + i / T for i in range(k, 0, -1)]  # k times [B], the last one call before t
+            times = [t + i / T for i in range(k, 0, -1)]  # k times [B], some above 1; the last: a call before t
         with torch.no_grad():
             for time in times:
                 x = mask_tokens(x0, u, time, mask_id, frozen, schedule)  # the same u: the masks are nested
@@ -418,7 +418,7 @@ def sampler_bound(denoiser, x0, mask_id, steps, *, frozen=None, schedule=LINEAR,
     is charged that expectation.
 
     In the mean it is the mean over orders of revealing of -log p(x0 | order), which is far above -log p(x0)
-    if the model makes up its mind early, in each order otherwise: data/likelihood.py comes closer.
+    if the model settles early, on something else in each order: data/likelihood.py comes closer.
     """
     u = uniform(x0.shape, x0.device, generator)  # [B, L]
     bound, x0_prev = 0, None
