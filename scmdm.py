@@ -305,7 +305,7 @@ def diffusion_loss(
         else:
             k = 1 + int(unroll * uniform((1,), x0.device, generator))  # 1..unroll, one for the batch
             T = L * 4 ** (2 * uniform((B,), x0.device, generator) - 1)  # [B] calls, log-uniform, L/4 to 4L
-            times = [t + i / T for i in range(k, 0, -1)]  # k times [B], some above 1; the last: a call before t
+            times = [t + i / T for i in range(k, 0, -1)]  # k times [B]; some are above 1
         with torch.no_grad():
             for time in times:
                 x = mask_tokens(x0, u, time, mask_id, frozen, schedule)  # the same u: the masks are nested
