@@ -1699,7 +1699,7 @@ def test_bad_input(command, own, call, tmp_path, monkeypatch):
 
 
 def test_what_sharpening_gives_for_free_is_taken_out():
-    """An arm is compared with the base's quality at the arm's entropy; outside the base's entropies not at all."""
+    """An arm is compared with base and control at its own entropy; outside their entropies not at all."""
 
     def row(model, temperature, entropy, valid):
         return {"model": model, "calls": 4.0, "temperature": temperature, "path entropy": entropy, "valid": valid}
@@ -1708,8 +1708,11 @@ def test_what_sharpening_gives_for_free_is_taken_out():
     rows.append({"model": "real", "valid": 1})
     rows += [row("rate1", 1.0, 14, 0.5), row("rate1", 1.0, 16, 0.7), row("rate1", 0.8, 9, 0.9)]
     line = {"model": "SCMDM (paper)", "calls": "4", "temperature": 1.0, "entropy": "15.000", "valid": "0.6"}
-    assert results.at_equal_entropy(rows, "valid") == [line | {"the base's there": "0.4"}]
+    base = line | {"the base's there": "0.4"}
+    assert results.at_equal_entropy(rows, "valid") == [base]
     assert results.at_equal_entropy(rows[1:2] + rows[3:], "valid") == []
+    rows += [row("rate0", 1.0, 40, 0.1), row("rate0", 0.8, 5, 0.8)]
+    assert base | {"the control's there": "0.6"} in results.at_equal_entropy(rows, "valid")
 
 
 def test_scripts_run_as_commands(own):

@@ -222,9 +222,9 @@ def plot_frontier(rows, quality, path):
 
 
 def at_equal_entropy(rows, quality):
-    """Each arm's quality beside the base's at the same predictive entropy, as rows of a table: what is left of a
-    gain when sharpening, which is free, is taken out. The base's is read from straight lines between its
-    temperatures; an arm outside them has no row."""
+    """Each arm's quality beside those of base and control at the same predictive entropy, as rows of a table:
+    what is left of a gain when sharpening, which is free, is taken out. Theirs are read from straight lines
+    between their temperatures; outside them is nothing to compare with."""
     points, table = {}, []  # points: {(calls, model, temperature): (entropy, quality) of each seed}
     for row in rows:
         if quality in row and row["model"] != "real":
@@ -232,11 +232,14 @@ def at_equal_entropy(rows, quality):
             points.setdefault(key, []).append((row["path entropy"], row[quality]))
     points = {key: np.mean(seeds, axis=0).tolist() for key, seeds in sorted(points.items())}
     for (calls, model, temperature), (entropy, value) in points.items():
-        base = sorted(point for key, point in points.items() if key[:2] == (calls, "base"))
-        if model != "base" and base[0][0] <= entropy <= base[-1][0]:
-            line = {"model": label(model), "calls": f"{calls:g}", "temperature": temperature}
-            line |= {"entropy": f"{entropy:.3f}", quality: f"{value:.4g}"}
-            table.append(line | {"the base's there": f"{np.interp(entropy, *zip(*base)):.4g}"})
+        line = {"model": label(model), "calls": f"{calls:g}", "temperature": temperature}
+        line |= {"entropy": f"{entropy:.3f}", quality: f"{value:.4g}"}
+        for other in ("base", "rate0"):
+            curve = sorted(point for key, point in points.items() if key[:2] == (calls, other))
+            if model != other and curve and curve[0][0] <= entropy <= curve[-1][0]:
+                line[f"the {label(other)}'s there"] = f"{np.interp(entropy, *zip(*curve)):.4g}"
+        if model != "base" and len(line) > 5:
+            table.append(line)
     return table
 
 
