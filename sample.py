@@ -412,7 +412,7 @@ def main():
         if domain.load is None:
             raise ValueError(f"{domain.source.get('path')}: the data is no longer there to compare with")
         rows = evaluate(folder, domain, device, args.n, args.steps, args.temperature, args.seeds, **options)
-        report(rows, domain, folder)
+        report(rows, domain, folder if args.models else Path())  # the shipped figures stay
         return
     models = load_models(files, domain, device)
     if not args.model:

@@ -130,7 +130,7 @@ def conclude(groups, quality):
     ours, base = (np.mean([row[quality] for row in last[model]]) for model in (arm, "base"))
     compared = "lower than" if gain < -half else "higher than" if gain > half else "no different from"
     print(f"At {calls:g} calls {label(arm)} has {quality} {ours:.3f} where the base has {base:.3f};")
-    print(f"its bound is {compared} the base's ({gain:+.3f} ± {half:.3f}).")
+    print(f"its bound is {compared} the base's ({gain:+.3f} ± {half:.3f} {last[arm][0]['unit']}).")
 
 
 # --- figures, of the rows of a results file: model, seed, calls, temperature, and measures ---
@@ -265,4 +265,5 @@ if __name__ == "__main__":  # python -m data.results FOLDER DOMAIN: its table an
 
     folder = Path(sys.argv[1])
     rows = [row for row in read_csv(folder / "results.csv") if "sampler" not in row]  # not of another order, say
-    everything(rows, get(sys.argv[2]), folder)
+    most = max(row["n"] for row in rows)
+    everything([row for row in rows if row["n"] == most], get(sys.argv[2]), folder)
