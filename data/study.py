@@ -25,21 +25,22 @@ SHIPPED, FOLDER, TABLE = Path("data/models/sudoku"), Path("runs/study"), Path("d
 SHORT = f"-n 0 --init {SHIPPED}/base.npz --steps 2000"  # from the shipped base: 3 blocks, 4,000 steps
 OWN = "-n 0 --steps 2000 --unroll 16"  # from the base of the same folder
 GRIDS4 = f"--data {FOLDER}/grids4.npy"
+SUREST = "36 --order confidence"  # the surest cells first
 TEXT, TINY = "--data text --compile", "--dim 64 --depth 3"
-# name: (what train.py is called with, one call after another; denoiser calls). Without a flag for it, an arm
-# for the control is trained too, with its own learning rate, 5e-4 for 2e-3.
+# name: (what train.py is called with, one call after another; denoiser calls, and again in another order).
+# Without a flag for it, an arm for the control is trained too, with its own learning rate, 5e-4 for 2e-3.
 RUNS = {
     "calls": ([], "6 12 18 36 72 144 288"),  # the shipped models
-    "confidence": ([], "12 18 36 72 144 --order confidence"),  # the same, the surest cells first
+    "confidence": ([], "12 18 36 72 144 --order confidence"),  # the same
     "chains": ([f"{SHORT} --unroll 1 2 4 8 16 32"], "36 144"),
     "half": ([f"{SHORT} --rates .5 --unroll 1 16", "--stage pretrain --rates .5 --steps 6000"], "36 144"),
     "long": ([f"{SHORT} --rates 0 --long-control"], "36 144"),
     "lr2e-4": ([f"{SHORT} --rates 0 --lr 2e-4"], "36 144"),
     "lr1e-3": ([f"{SHORT} --unroll 1 16 --lr 1e-3"], "36 144"),
     "lr4e-3": ([f"{SHORT} --rates 1 --unroll 1 16 --lr 4e-3"], "36 144"),
-    "depth1": (["--stage pretrain --depth 1", OWN], "36 144"),
-    "depth2": (["--stage pretrain --depth 2", OWN], "36 144"),
-    "depth6": (["--stage pretrain --depth 6", OWN], "36 144"),
+    "depth1": (["--stage pretrain --depth 1", OWN], "36 144", SUREST),
+    "depth2": (["--stage pretrain --depth 2", OWN], "36 144", SUREST),
+    "depth6": (["--stage pretrain --depth 6", OWN], "36 144", SUREST),
     "base500": (["--stage pretrain --steps 500", OWN], "36 144"),
     "base12000": (["--stage pretrain --steps 12000", OWN], "36 144"),
     "steps500": ([f"{SHORT} --steps 500 --unroll 16"], "36 144"),
@@ -59,7 +60,7 @@ def python(*words):
 
 
 def make(name):
-    trainings, calls = RUNS[name]
+    trainings, *evaluations = RUNS[name]
     out = FOLDER / name
     out.mkdir(parents=True, exist_ok=True)
     if name == "small":
@@ -69,15 +70,16 @@ def make(name):
             shutil.copy(SHIPPED / f"{arm}.npz", out)
     for flags in trainings:
         python("train.py", *flags.split(), "--out", out, "--resume")
-    python("sample.py", "--models", out, "--evaluate", "-n", 256, "--steps", *calls.split())
+    for calls in evaluations:
+        python("sample.py", "--models", out, "--evaluate", "-n", 256, "--steps", *calls.split())
     rows = [{"run": name} | row for row in results.read_csv(out / "results.csv")]
-    if name == "small":
-        rows = [row | count(out, row) for row in rows if row["model"] != "real" and not row.get("signal")]
-    if name == "calls":
-        chosen = [row["calls"] == 144 and "rate1" in row["model"] for row in rows]
-        rows = [row | coincide(out, row) if c else row for c, row in zip(chosen, rows)]
-    if name == "confidence":
-        rows = [row | coincide(out, row, "confidence") if row["calls"] == 36 else row for row in rows]
+    for row in rows:
+        if name == "small" and row["model"] != "real" and not row.get("signal"):
+            row |= count(out, row)
+        elif name == "calls" and row["calls"] == 144 and "rate1" in row["model"]:
+            row |= coincide(out, row)
+        elif "sampler" in row and row["calls"] == 36:
+            row |= coincide(out, row, "confidence")
     kept = [row for row in results.read_csv(TABLE) if row["run"] != name] if TABLE.exists() else []
     with TABLE.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, dict.fromkeys(key for row in kept + rows for key in row))
@@ -141,8 +143,8 @@ def show():
     for row in results.read_csv(TABLE):
         if row["model"] == "real" or row.get("signal"):
             continue
-        line = {"run": row["run"], "model": results.label(row["model"]), "seed": f"{row['seed']:g}"}
-        line["calls"] = f"{row['calls']:g}"
+        line = {"run": f"{row['run']} {row.get('sampler', '')}", "model": results.label(row["model"])}
+        line |= {"seed": f"{row['seed']:g}", "calls": f"{row['calls']:g}"}
         line["bound"] = f"{row['bound']:.3f}" if "bound" in row else ""
         if "bound" in row and row["model"] != "base":
             line["minus base"] = f"{row['minus base']:+.3f} ± {row['half']:.3f}"
