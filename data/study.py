@@ -51,6 +51,7 @@ RUNS = {
                f"{GRIDS4} -n 0 --steps 2000 --unroll 1 16"], "16 64"),
     "text": ([f"{TEXT} --stage pretrain {TINY} --steps 3000", f"{TEXT} -n 0 --rates 0 .5 1 --unroll 1",
               f"{TEXT} --stage pretrain {TINY} --rates .5 --steps 4000"], "16 64"),
+    "text4000": ([f"{TEXT} --stage pretrain {TINY} --steps 4000"], "16 64"),
 }  # fmt: skip
 
 
