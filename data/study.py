@@ -46,7 +46,7 @@ RUNS = {
     "steps500": ([f"{SHORT} --steps 500 --unroll 16"], "36 144"),
     "steps14000": ([f"{SHORT} --steps 14000 --rates 1 --unroll 8",
                     f"{SHORT} --steps 14000 --rates 1 --unroll 16 --seeds 3"], "36 72 144"),
-    "unroll8": ([f"{SHORT} --steps 7000 --rates 1 --unroll 8 --seeds 3"], "36 144"),
+    "unroll8": ([f"{SHORT} --steps 7000 --rates 1 --unroll 8 --seeds 2"], "36 144"),
     "small": ([f"{GRIDS4} --stage pretrain --dim 32 --depth 1 --steps 2000",
                f"{GRIDS4} -n 0 --steps 2000 --unroll 1 16"], "16 64"),
     "text": ([f"{TEXT} --stage pretrain {TINY} --steps 3000", f"{TEXT} -n 0 --rates 0 .5 1 --unroll 1",
