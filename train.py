@@ -79,11 +79,12 @@ def parse():  # fmt: off
     a("--rates", type=rate, nargs="+", metavar="RATE",
       help="adapt: rates of self-conditioning, an arm for each (default: 0 1); pretrain: one (0)")
     a("--unroll", type=positive, nargs="+", metavar="K",
-      help="most passes that make the signal, an arm for each; 1 is the paper's recipe (default: 1 16, or 1 8)")
+      help="most passes that make the signal, an arm for each; 1: the paper's recipe (default: 1 16, or 1 8)")
     a("--long-control", action="store_true", help="adapt: train rate 0 for as much time as the largest K too")
     a("--steps", type=positive, help="optimiser steps; with adapt, of each arm")
     a("--batch-size", type=positive, help="sequences per step, over all processes")
-    a("--lr", type=number(float, 1e-9), help=f"peak learning rate (default: {lrs}; with a signal 1e-3, Sudoku 2e-3)")
+    a("--lr", type=number(float, 1e-9),
+      help=f"peak learning rate (default: {lrs}; with a signal 1e-3, Sudoku 2e-3)")
     a("--weight-decay", type=number(float, 0), default=0.05, help="of the matrices (default: 0.05)")
     a("--dim", type=positive, help="pretrain, judge: width of the model")
     a("--depth", type=positive, help="pretrain, judge: blocks")
