@@ -264,6 +264,6 @@ if __name__ == "__main__":  # python -m data.results FOLDER DOMAIN: its table an
     from data import get
 
     folder = Path(sys.argv[1])
-    rows = [row for row in read_csv(folder / "results.csv") if "sampler" not in row]  # of another order, say
+    rows = [row for row in read_csv(folder / "results.csv") if "sampler" not in row]  # sampler: another order, say
     most = max(row["n"] for row in rows)
     everything([row for row in rows if row["n"] == most], get(sys.argv[2]), folder)
