@@ -1707,12 +1707,12 @@ def test_what_sharpening_gives_for_free_is_taken_out():
     rows = [row("base", 1.2, 30, 0.1), row("base", 1.0, 20, 0.2), row("base", 0.8, 10, 0.6)]
     rows.append({"model": "real", "valid": 1})
     rows += [row("rate1", 1.0, 14, 0.5), row("rate1", 1.0, 16, 0.7), row("rate1", 0.8, 9, 0.9)]
-    line = {"model": "SCMDM (paper)", "calls": "4", "temperature": 1.0, "entropy": "15.000", "valid": "0.6"}
+    line = {"model": "SCMDM (paper)", "calls": "4", "temperature": 1.0, "path entropy": "15.000", "valid": "0.6"}
     base = line | {"the base's there": "0.4"}
-    assert results.at_equal_entropy(rows, "valid") == [base]
-    assert results.at_equal_entropy(rows[1:2] + rows[3:], "valid") == []
+    assert results.at_equal("path entropy", rows, "valid") == [base]
+    assert results.at_equal("path entropy", rows[1:2] + rows[3:], "valid") == []
     rows += [row("rate0", 1.0, 40, 0.1), row("rate0", 0.8, 5, 0.8)]
-    assert base | {"the control's there": "0.6"} in results.at_equal_entropy(rows, "valid")
+    assert base | {"the control's there": "0.6"} in results.at_equal("path entropy", rows, "valid")
 
 
 def test_scripts_run_as_commands(own):

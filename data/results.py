@@ -221,23 +221,23 @@ def plot_frontier(rows, quality, path):
     return save_figure(axes, path)
 
 
-def at_equal_entropy(rows, quality):
-    """Each arm's quality beside those of base and control at the same predictive entropy, as rows of a table:
-    what is left of a gain when sharpening, which is free, is taken out. Theirs are read from straight lines
-    between their temperatures; outside them is nothing to compare with."""
-    points, table = {}, []  # points: {(calls, model, temperature): (entropy, quality) of each seed}
+def at_equal(measure, rows, quality):
+    """Each arm's quality beside those of base and control at the same predictive entropy, or share of different
+    4-grams, as rows of a table: what is left of a gain when sharpening, which is free, is taken out. Theirs are
+    read from straight lines between their temperatures; outside them is nothing to compare with."""
+    points, table = {}, []  # points: {(calls, model, temperature): (measure, quality) of each seed}
     for row in rows:
-        if quality in row and row["model"] != "real":
+        if quality in row and measure in row and row["model"] != "real":
             key = row["calls"], row["model"], row["temperature"]
-            points.setdefault(key, []).append((row["path entropy"], row[quality]))
+            points.setdefault(key, []).append((row[measure], row[quality]))
     points = {key: np.mean(seeds, axis=0).tolist() for key, seeds in sorted(points.items())}
-    for (calls, model, temperature), (entropy, value) in points.items():
+    for (calls, model, temperature), (x, value) in points.items():
         line = {"model": label(model), "calls": f"{calls:g}", "temperature": temperature}
-        line |= {"entropy": f"{entropy:.3f}", quality: f"{value:.4g}"}
+        line |= {measure: f"{x:.3f}", quality: f"{value:.4g}"}
         for other in ("base", "rate0"):
             curve = sorted(point for key, point in points.items() if key[:2] == (calls, other))
-            if model != other and curve and curve[0][0] <= entropy <= curve[-1][0]:
-                line[f"the {label(other)}'s there"] = f"{np.interp(entropy, *zip(*curve)):.4g}"
+            if model != other and curve and curve[0][0] <= x <= curve[-1][0]:
+                line[f"the {label(other)}'s there"] = f"{np.interp(x, *zip(*curve)):.4g}"
         if model != "base" and len(line) > 5:
             table.append(line)
     return table
@@ -253,9 +253,10 @@ def everything(rows, domain, folder):
         figures.append(plot_bound(rows, Path(folder) / "bound.png"))
     print("\n".join(dict.fromkeys(figures)) + "\n")  # without matplotlib, both say the same
     report(rows, domain, quality)
-    if table := at_equal_entropy(rows, quality):
-        print()
-        print_table(table)
+    for measure in ("path entropy", "distinct-4"):
+        if table := at_equal(measure, rows, quality):
+            print()
+            print_table(table)
 
 
 if __name__ == "__main__":  # python -m data.results FOLDER DOMAIN: its table and figures
