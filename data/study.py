@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from data import results, sudoku
+from data.variants import VARIANTS
 
 SHIPPED, FOLDER, TABLE = Path("data/models/sudoku"), Path("runs/study"), Path("data/study.csv")
 
@@ -47,6 +48,9 @@ RUNS = {
     "steps14000": ([f"{SHORT} --steps 14000 --rates 1 --unroll 8",
                     f"{SHORT} --steps 14000 --rates 1 --unroll 16 --seeds 3"], "36 72 144"),
     "unroll8": ([f"{SHORT} --steps 7000 --rates 1 --unroll 8 --seeds 2"], "36 144"),
+    "cosine": ([], "36 144 --schedule cosine"),  # the shipped models
+    "softened": ([f"{SHORT} --rates 1 --unroll 1 16"], "36 144"),
+    **dict.fromkeys(VARIANTS.keys() - {"softened"}, ([f"{SHORT} --rates 1 --unroll 16"], "36 144")),
     "small": ([f"{GRIDS4} --stage pretrain --dim 32 --depth 1 --steps 2000",
                f"{GRIDS4} -n 0 --steps 2000 --unroll 1 16"], "16 64"),
     "text": ([f"{TEXT} --stage pretrain {TINY} --steps 3000", f"{TEXT} -n 0 --rates 0 .5 1 --unroll 1",
@@ -66,13 +70,14 @@ def make(name):
     out.mkdir(parents=True, exist_ok=True)
     if name == "small":
         np.save(FOLDER / "grids4.npy", np.tile(grids4(), (100, 1)))  # held-out data is uniform too
-    if name in ("calls", "confidence"):
+    if name in ("calls", "confidence", "cosine"):
         for arm in ("base", "rate0", "rate1", "rate1-unroll16"):
             shutil.copy(SHIPPED / f"{arm}.npz", out)
+    script = ["-m", "data.variants", name] if name in VARIANTS else []
     for flags in trainings:
-        python("train.py", *flags.split(), "--out", out, "--resume")
+        python(*script, "train.py", *flags.split(), "--out", out, "--resume")
     for calls in evaluations:
-        python("sample.py", "--models", out, "--evaluate", "-n", 256, "--steps", *calls.split())
+        python(*script, "sample.py", "--models", out, "--evaluate", "-n", 256, "--steps", *calls.split())
     rows = [{"run": name} | row for row in results.read_csv(out / "results.csv")]
     for row in rows:
         if name == "small" and row["model"] != "real" and not row.get("signal"):
