@@ -182,10 +182,10 @@ def generate(denoiser, canvas, mask_id, steps, seed, batch=64, on_step=None, pro
     return torch.cat(rows), torch.cat(entropies).mean().item(), time.perf_counter() - began
 
 
-def bound_of(denoiser, rows, mask_id, calls, seed):
+def bound_of(denoiser, rows, mask_id, calls, seed, **schedule):
     """sampler_bound of each row [N, L], the same masks for every model. [N] nats, NumPy."""
-    generator = torch.Generator(rows.device).manual_seed(seed)
-    parts = [sampler_bound(denoiser, x, mask_id, calls, generator=generator) for x in rows.split(64)]
+    same = {"generator": torch.Generator(rows.device).manual_seed(seed)} | schedule
+    parts = [sampler_bound(denoiser, x, mask_id, calls, **same) for x in rows.split(64)]
     return torch.cat(parts).cpu().double().numpy()
 
 
@@ -216,6 +216,7 @@ def evaluate(folder, domain, device, n, calls, temperatures=(1.0,), seeds=1, **o
     # one half of the held-out data to compare with; the other half is measured as samples are, and bounded
     reference, rest = np.array_split(np.random.default_rng(0).permutation(windows(val, domain.length)), 2)
     mask_id, base_bounds = len(domain.vocab), {}
+    bounded = not options.keys() - {"schedule"}  # what is sampled otherwise has no such bound
 
     def held_out(seed):
         return rest[(seed * n + np.arange(n)) % len(rest)].astype(np.int64)  # [n, L]
@@ -224,10 +225,10 @@ def evaluate(folder, domain, device, n, calls, temperatures=(1.0,), seeds=1, **o
         """The bound, and its paired difference from the base's with half the width of its 95% interval."""
         rows = torch.from_numpy(held_out(seed)).to(device)
         if (steps, seed) not in base_bounds:
-            base_bounds[steps, seed] = bound_of(models["base", 0], rows, mask_id, steps, seed) / per
+            base_bounds[steps, seed] = bound_of(models["base", 0], rows, mask_id, steps, seed, **options) / per
         own = base = base_bounds[steps, seed]
         if denoiser is not models["base", 0]:
-            own = bound_of(denoiser, rows, mask_id, steps, seed) / per
+            own = bound_of(denoiser, rows, mask_id, steps, seed, **options) / per
         difference, half = measures.paired(own, base)
         return {"bound": own.mean(), "minus base": difference, "half": half}
 
@@ -251,8 +252,8 @@ def evaluate(folder, domain, device, n, calls, temperatures=(1.0,), seeds=1, **o
     for steps in calls:
         for arm in dict.fromkeys(arm for arm, _ in files):
             todo += [(arm, "", seed, steps, temperature) for seed in seeds for temperature in temperatures]
-            bounded = steps == max(calls) and 1 in temperatures and not options
-            if bounded and models[arm, 0].config.self_conditioning:
+            last = steps == max(calls) and 1 in temperatures and bounded
+            if last and models[arm, 0].config.self_conditioning:
                 todo += [(arm, signal, 0, steps, 1.0) for signal in ("off", "shuffled", "uniform")]
     keys = ("model", "signal", "seed", "calls", "temperature", "n", "sampler", "file")
     old_rows = results.read_csv(path) if path.exists() else []
@@ -273,7 +274,7 @@ def evaluate(folder, domain, device, n, calls, temperatures=(1.0,), seeds=1, **o
                 row |= bounds(with_signal(models[file], signal), steps, seed)
             else:
                 row |= samples(models[file], steps, temperature, seed)
-                row |= bounds(models[file], steps, seed) if temperature == 1 and not options else {}
+                row |= bounds(models[file], steps, seed) if temperature == 1 and bounded else {}
             known[key] = {column: value for column, value in row.items() if value != ""}
             results.append_csv(path, known[key])
         rows.append(known[key])
