@@ -47,7 +47,7 @@ RUNS = {
     "steps500": ([f"{SHORT} --steps 500 --unroll 16"], "36 144"),
     "steps14000": ([f"{SHORT} --steps 14000 --rates 1 --unroll 8",
                     f"{SHORT} --steps 14000 --rates 1 --unroll 16 --seeds 3"], "36 72 144"),
-    "unroll8": ([f"{SHORT} --steps 7000 --rates 1 --unroll 8 --seeds 2"], "36 144"),
+    "unroll8": ([f"{SHORT} --steps 7000 --rates 1 --unroll 8 --seeds 3"], "36 144"),
     "cosine": ([], "36 144 --schedule cosine"),  # the shipped models
     "softened": ([f"{SHORT} --rates 1 --unroll 1 16"], "36 144"),
     **dict.fromkeys(VARIANTS.keys() - {"softened"}, ([f"{SHORT} --rates 1 --unroll 16"], "36 144")),
