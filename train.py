@@ -42,8 +42,8 @@ DEFAULTS = {
     "sudoku": dict(dim=64, depth=3, batch_size=32, steps=(4000, 700), unroll=16, lr=2e-3, calls=[36, 144], n=128),
     "text": dict(dim=128, depth=4, batch_size=32, steps=(12000, 1000), unroll=8, lr=1e-3, calls=[64], n=128),
     "molecules": dict(dim=128, depth=4, batch_size=128, steps=(8000, 1000), unroll=8, lr=1e-3, calls=[32], n=1000),
-    "images": dict(dim=128, depth=4, batch_size=32, steps=(4000, 750), unroll=8, lr=1e-3, calls=[64], n=2000),
-    "dna": dict(dim=128, depth=4, batch_size=32, steps=(3000, 1000), unroll=8, lr=1e-3, calls=[64], n=1000),
+    "images": dict(dim=128, depth=4, batch_size=32, steps=(4000, 750), unroll=8, lr=1e-3, calls=[64], n=256),
+    "dna": dict(dim=128, depth=4, batch_size=32, steps=(3000, 1000), unroll=8, lr=1e-3, calls=[64], n=256),
 }
 JUDGE_STEPS = 4000  # a causal model learns from every position at once, and needs fewer
 STATE_EVERY = 60  # seconds: kill -9 loses at most this much
