@@ -43,7 +43,7 @@ import data
 import sample as sample_py
 import scmdm
 import train as train_py
-from data import dna, golden, likelihood, measures, results, sudoku, terminal
+from data import dna, golden, likelihood, measures, results, sudoku, terminal, variants
 from scmdm import COSINE, LINEAR, Config, SelfConditioning, Transformer, add_self_conditioning, diffusion_loss
 from scmdm import load, q_sample, sample, sampler_bound, save, unmask_prob
 
@@ -928,6 +928,31 @@ def test_passes_and_calls_are_drawn_evenly():
     ratio = (1 / (nearest - 1e-3) / L).log() / math.log(4)
     assert ratio.abs().max() <= 1 + 1e-6
     assert_fits(torch.histc(ratio.float(), 10, -1, 1), torch.ones(10) / 10)
+
+
+def test_variants_change_what_they_say():
+    """data/variants.py: its loss is diffusion_loss but for the one choice; `learning` changes only gradients."""
+    model, x0, t = tiny(adapted=True, length=12), torch.randint(5, (8, 12), generator=rng(0)), torch.rand(8).double()
+
+    def value_and_gradient(loss, **choice):
+        model.zero_grad()
+        values = loss(model, x0, 5, self_cond_rate=1.0, unroll=4, generator=rng(3), t=t, **choice)
+        values.sum().backward()
+        return values.detach(), model.self_conditioning.W.grad
+
+    value, gradient = value_and_gradient(diffusion_loss)
+    for choice in ({}, {"growing": (itertools.count(99), 100)}):
+        same = value_and_gradient(variants.loss, **choice)
+        assert torch.equal(same[0], value) and torch.equal(same[1], gradient), choice
+    learnt = value_and_gradient(variants.loss, learning=1)
+    assert torch.equal(learnt[0], value) and not torch.allclose(learnt[1], gradient)
+    for choice in ({"calls": 3}, {"growing": (itertools.count(), 100)}):
+        assert not torch.allclose(value_and_gradient(variants.loss, **choice)[0], value), choice
+    soft, plain = (kind(model.embed, 5) for kind in (variants.Softened, SelfConditioning))
+    soft.W.data = plain.W.data = torch.eye(16)
+    xt, signal = torch.full((1, 1), 5), lambda *p: torch.tensor([[[*p, 0, 0, 0]]])
+    assert torch.allclose(soft(xt, signal(0.2, 0.8)), plain(xt, signal(1 / 3, 2 / 3)))
+    assert torch.equal(soft(xt, signal(0.0, 0.0)), torch.zeros(1, 1, 16))
 
 
 @given(seeds, st.sampled_from([0.5, 1.0]), st.sampled_from([1, 4]))
