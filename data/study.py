@@ -49,7 +49,8 @@ RUNS = {
                     f"{SHORT} --steps 14000 --rates 1 --unroll 16 --seeds 3"], "36 72 144"),
     "unroll8": ([f"{SHORT} --steps 7000 --rates 1 --unroll 8 --seeds 3"], "36 144"),
     "cosine": ([], "36 144 --schedule cosine"),  # the shipped models
-    "softened": ([f"{SHORT} --rates 1 --unroll 1 16"], "36 144"),
+    "seeds": ([f"{SHORT} --rates 1 --unroll 16 --seeds 3"], "36 144"),  # to compare the next with
+    "softened": ([f"{SHORT} --rates 1 --unroll 1", f"{SHORT} --rates 1 --unroll 16 --seeds 3"], "36 144"),
     **dict.fromkeys(VARIANTS.keys() - {"softened"}, ([f"{SHORT} --rates 1 --unroll 16"], "36 144")),
     "small": ([f"{GRIDS4} --stage pretrain --dim 32 --depth 1 --steps 2000",
                f"{GRIDS4} -n 0 --steps 2000 --unroll 1 16"], "16 64"),
