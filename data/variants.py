@@ -48,13 +48,11 @@ def loss(
 
 
 class Softened(scmdm.SelfConditioning):
-    """The signal at a temperature: less sure of itself, and of the unlikely tokens more is seen."""
-
-    temperature = 2
+    """The signal at temperature 2: less sure of itself, and of the unlikely tokens more is seen."""
 
     def forward(self, xt, x0_prev=None):
         if x0_prev is not None:
-            x0_prev = x0_prev ** (1 / self.temperature)
+            x0_prev = x0_prev.sqrt()
             x0_prev = x0_prev / x0_prev.sum(-1, keepdim=True).clamp(min=1e-9)  # no signal stays none
         return super().forward(xt, x0_prev)
 
@@ -66,13 +64,12 @@ VARIANTS = {
     "gradient": partial(loss, learning=1),
     "growing": partial(loss, growing=(itertools.count(), 2000)),  # not to be resumed: it counts from 0
     "softened": scmdm.diffusion_loss,
-    "softened4": scmdm.diffusion_loss,
 }
 
 
 if __name__ == "__main__":
     _, name, script, *sys.argv[1:] = sys.argv
     train.diffusion_loss = VARIANTS[name]
-    if name.startswith("softened"):
-        scmdm.SelfConditioning, Softened.temperature = Softened, int(name[8:] or 2)
+    if name == "softened":
+        scmdm.SelfConditioning = Softened
     sample.run({"train.py": train, "sample.py": sample}[script].main)
