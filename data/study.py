@@ -85,7 +85,7 @@ def make(name):
             row |= count(out, row)
         elif name == "calls" and row["calls"] == 144 and "rate1" in row["model"]:
             row |= coincide(out, row)
-        elif "sampler" in row and row["calls"] == 36:
+        elif row.get("sampler") == "order=confidence" and row["calls"] == 36:
             row |= coincide(out, row, "confidence")
     kept = [row for row in results.read_csv(TABLE) if row["run"] != name] if TABLE.exists() else []
     with TABLE.open("w", newline="", encoding="utf-8") as file:
