@@ -155,7 +155,7 @@ def judge_nll(judge, x):
 
 
 def generate(denoiser, canvas, mask_id, steps, seed, batch=64, on_step=None, progress=None, **options):
-    """Fill the canvas [N, L], 64 sequences at a time.
+    """Fill the canvas [N, L], `batch` sequences at a time.
 
     Returns the tokens [N, L]; their predictive entropy in nats per token, the mean entropy of the
     distributions that they were drawn from (a lower temperature lowers it, and so does overconfidence); and
@@ -182,10 +182,10 @@ def generate(denoiser, canvas, mask_id, steps, seed, batch=64, on_step=None, pro
     return torch.cat(rows), torch.cat(entropies).mean().item(), time.perf_counter() - began
 
 
-def bound_of(denoiser, rows, mask_id, calls, seed, **schedule):
+def bound_of(denoiser, rows, mask_id, calls, seed, batch=64, **schedule):
     """sampler_bound of each row [N, L], the same masks for every model. [N] nats, NumPy."""
     same = {"generator": torch.Generator(rows.device).manual_seed(seed)} | schedule
-    parts = [sampler_bound(denoiser, x, mask_id, calls, **same) for x in rows.split(64)]
+    parts = [sampler_bound(denoiser, x, mask_id, calls, **same) for x in rows.split(batch)]
     return torch.cat(parts).cpu().double().numpy()
 
 
@@ -202,7 +202,7 @@ def with_signal(model, kind):
     return denoiser
 
 
-def evaluate(folder, domain, device, n, calls, temperatures=(1.0,), seeds=1, **options):
+def evaluate(folder, domain, device, n, calls, temperatures=(1.0,), seeds=1, batch=64, **options):
     """Measure every model in the folder: a row for each model, seed, number of calls and temperature.
 
     Seed j is a model's j-th training seed, where it has several, and the seed of n samples, of n held-out
@@ -224,23 +224,24 @@ def evaluate(folder, domain, device, n, calls, temperatures=(1.0,), seeds=1, **o
     def bounds(denoiser, steps, seed):
         """The bound, and its paired difference from the base's with half the width of its 95% interval."""
         rows = torch.from_numpy(held_out(seed)).to(device)
+        the_same = (rows, mask_id, steps, seed, batch)
         if (steps, seed) not in base_bounds:
-            base_bounds[steps, seed] = bound_of(models["base", 0], rows, mask_id, steps, seed, **options) / per
+            base_bounds[steps, seed] = bound_of(models["base", 0], *the_same, **options) / per
         own = base = base_bounds[steps, seed]
         if denoiser is not models["base", 0]:
-            own = bound_of(denoiser, rows, mask_id, steps, seed, **options) / per
+            own = bound_of(denoiser, *the_same, **options) / per
         difference, half = measures.paired(own, base)
         return {"bound": own.mean(), "minus base": difference, "half": half}
 
     def samples(denoiser, steps, temperature, seed):
         def fill(canvas):
             canvas = torch.from_numpy(canvas).to(device)
-            return generate(denoiser, canvas, mask_id, steps, seed, temperature=temperature, **options)
+            return generate(denoiser, canvas, mask_id, steps, seed, batch, temperature=temperature, **options)
 
         x, entropy, seconds = fill(np.full((n, domain.length), mask_id))
         values = measures.measure(domain, x.cpu().numpy(), reference, judge)
         values["path entropy"] = entropy * domain.length / per
-        values["ms per call"] = 1000 * seconds / steps / math.ceil(n / 64)
+        values["ms per call"] = 1000 * seconds / steps / math.ceil(n / batch)
         if domain.given and temperature == 1:  # with a part of a held-out sequence as the prompt
             shown = np.random.default_rng(seed).random((n, domain.length)) < domain.given
             x, _, _ = fill(np.where(shown, held_out(seed), mask_id))
@@ -312,7 +313,7 @@ def canvas_of(prompt, domain, length):
     return torch.tensor(canvas + [mask_id] * (length - len(canvas)))
 
 
-def show(models, domain, canvas, steps, seed, watch=False, film_path=None, **options):
+def show(models, domain, canvas, steps, seed, batch=64, watch=False, film_path=None, **options):
     """Fill the canvas [N, L] with each of {label: model}, print the samples side by side, return them."""
     columns = shutil.get_terminal_size((100, 24)).columns
     samples, films, width = {}, {}, min(56, (columns + 1) // len(models) - 3)
@@ -322,9 +323,9 @@ def show(models, domain, canvas, steps, seed, watch=False, film_path=None, **opt
         def on_step(step, x, x0_prev):
             frames.append((x[0].cpu().numpy(), x0_prev[0].argmax(-1).cpu().numpy()))
 
-        progress = Progress(f"{label}: call", steps * math.ceil(len(canvas) / 64))
+        progress = Progress(f"{label}: call", steps * math.ceil(len(canvas) / batch))
         watched = {"on_step": on_step, "progress": progress}
-        x, _, seconds = generate(model, canvas, len(domain.vocab), steps, seed, **watched, **options)
+        x, _, seconds = generate(model, canvas, len(domain.vocab), steps, seed, batch, **watched, **options)
         samples[label] = x.cpu().numpy()
         print(f"{label}: {steps} calls, {seconds:.1f} seconds", file=sys.stderr)
     terminal = sys.stdout.isatty()
@@ -364,6 +365,7 @@ def parse():  # fmt: off
     a("--length", type=int, help="tokens, at most the model's (default); the prompt's own: infilling alone")
     a("-n", type=int, help="how many sequences; with --evaluate, for each seed (default: 2; 256 to evaluate)")
     a("--steps", type=int, nargs="+", help="denoiser calls; several to evaluate at each (default: 64)")
+    a("--batch-size", type=int, default=64, help="sequences at a time; it changes the draws (default: 64)")
     a("--temperature", type=float, nargs="+", default=[1.0],
       help="below 1 sharper, 0 the likeliest token; several to evaluate at each (default: 1)")
     a("--top-p", type=float, default=1.0, help="draw from the fewest tokens of this mass (default: 1)")
@@ -381,8 +383,8 @@ def parse():  # fmt: off
     args = p.parse_args()
     args.steps = sorted(set(args.steps or [64]))
     args.n = args.n or (256 if args.evaluate else 2)
-    if args.n < 1 or args.seeds < 1 or args.seed < 0:
-        p.error("-n and --seeds are 1 or more, --seed is 0 or more")
+    if min(args.n, args.seeds, args.batch_size) < 1 or args.seed < 0:
+        p.error("-n, --seeds and --batch-size are 1 or more, --seed is 0 or more")
     if len(args.steps) + len(args.temperature) > 2 and not args.evaluate:
         p.error("several --steps or --temperature are for --evaluate")
     shows = args.prompt or args.length or args.watch or args.film or args.save
@@ -412,7 +414,8 @@ def main():
     if args.evaluate:
         if domain.load is None:
             raise ValueError(f"{domain.source.get('path')}: the data is no longer there to compare with")
-        rows = evaluate(folder, domain, device, args.n, args.steps, args.temperature, args.seeds, **options)
+        sizes = (args.n, args.steps, args.temperature, args.seeds, args.batch_size)
+        rows = evaluate(folder, domain, device, *sizes, **options)
         report(rows, domain, folder if args.models else Path())  # the shipped figures stay
         return
     models = load_models(files, domain, device)
@@ -426,7 +429,8 @@ def main():
         raise ValueError(f"--length is {length}, expected at most the model's {domain.length}")
     canvas = canvas_of(args.prompt, domain, length).expand(args.n, length).to(device)
     options["temperature"] = args.temperature[0]
-    samples = show(models, domain, canvas, args.steps[0], args.seed, args.watch, args.film, **options)
+    how = (args.steps[0], args.seed, args.batch_size, args.watch, args.film)
+    samples = show(models, domain, canvas, *how, **options)
     if args.save:
         save_samples(args.save, samples, domain)
     for label, x in samples.items():
