@@ -1617,6 +1617,15 @@ def test_own_text_end_to_end(own, call, monkeypatch, tmp_path):
     use("--evaluate", "-n", 4, "--order", "confidence")  # the bound is of random order
     rows = [row for row in results.read_csv(own / "results.csv") if "sampler" in row]
     assert len(rows) == 1 + 6 and all("gen. ppl" in row and "bound" not in row for row in rows)
+    sizes = []
+    for name in ("sample", "sampler_bound"):
+        monkeypatch.setattr(sample_py, name, lambda f, x, *rest, of=getattr(sample_py, name), **more: (
+            sizes.append((of.__name__, len(x))), of(f, x, *rest, **more))[1])  # fmt: skip
+    use("--evaluate", "-n", 3, "--batch-size", 2)
+    assert set(sizes) == {("sample", 2), ("sample", 1), ("sampler_bound", 2), ("sampler_bound", 1)}
+    sizes.clear()
+    use("-n", 3, "--batch-size", 2)
+    assert sizes == [("sample", 2), ("sample", 1)] * 2
     monkeypatch.setattr(sample_py, "generate", None)  # what is in the file is not measured again
     assert use("--evaluate", "-n", 4, "--temperature", 0.8, 1) == out
 
