@@ -9,6 +9,7 @@ This file runs the sampler and looks at what comes out. The method is in scmdm.p
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -105,19 +106,19 @@ def models_in(folder):
         arm, _, seed = path.stem.partition("-seed")
         if arm == "base" or arm.startswith(("rate", "scratch-")):
             found[arm, int(seed or 0)] = path
+    if ("base", 0) not in found:
+        raise ValueError(f"{folder}: no base.npz there, expected a folder of models made by train.py")
     return found
 
 
 def load_models(files, domain, device):
     """{(arm, seed): model}, all of this domain, and adapted from the base that lies beside them."""
-    if ("base", 0) not in files:
-        raise ValueError("no base.npz there, expected a folder made by train.py")
     crc, models = zlib.crc32(files["base", 0].read_bytes()), {}
     for key, path in files.items():
         models[key] = model = load(path, device).eval()
         if (model.info.get("vocab"), model.config.length) != (domain.vocab, domain.length):
             raise ValueError(f"{path}: a model of other tokens, expected those of {domain.name}")
-        if key[0].startswith("rate") and model.info["made_from"]["base"] != crc:
+        if key[0].startswith("rate") and model.info.get("made_from", {}).get("base") != crc:
             raise ValueError(f"{path}: adapted from another base than the base.npz beside it")
     return models
 
@@ -182,13 +183,6 @@ def generate(denoiser, canvas, mask_id, steps, seed, batch=64, on_step=None, pro
     return torch.cat(rows), torch.cat(entropies).mean().item(), time.perf_counter() - began
 
 
-def bound_of(denoiser, rows, mask_id, calls, seed, batch=64, **schedule):
-    """sampler_bound of each row [N, L], the same masks for every model. [N] nats, NumPy."""
-    same = {"generator": torch.Generator(rows.device).manual_seed(seed)} | schedule
-    parts = [sampler_bound(denoiser, x, mask_id, calls, **same) for x in rows.split(batch)]
-    return torch.cat(parts).cpu().double().numpy()
-
-
 def with_signal(model, kind):
     """The model with its signal replaced: by none, by that of other positions, or by a uniform one."""
 
@@ -215,21 +209,23 @@ def evaluate(folder, domain, device, n, calls, temperatures=(1.0,), seeds=1, bat
     per, unit = (domain.length, "nats per token") if val.ndim == 1 else (1, "nats per sequence")
     # one half of the held-out data to compare with; the other half is measured as samples are, and bounded
     reference, rest = np.array_split(np.random.default_rng(0).permutation(windows(val, domain.length)), 2)
-    mask_id, base_bounds = len(domain.vocab), {}
+    mask_id = len(domain.vocab)
     bounded = not options.keys() - {"schedule"}  # what is sampled otherwise has no such bound
 
     def held_out(seed):
         return rest[(seed * n + np.arange(n)) % len(rest)].astype(np.int64)  # [n, L]
 
+    @functools.cache
+    def bound_of(denoiser, steps, seed):
+        """The sampler's bound of each held-out sequence, at the same masks for every model. [n], NumPy."""
+        same = {"generator": torch.Generator(device).manual_seed(seed)} | options
+        rows = torch.from_numpy(held_out(seed)).to(device).split(batch)
+        parts = [sampler_bound(denoiser, x, mask_id, steps, **same) for x in rows]
+        return torch.cat(parts).cpu().double().numpy() / per
+
     def bounds(denoiser, steps, seed):
         """The bound, and its paired difference from the base's with half the width of its 95% interval."""
-        rows = torch.from_numpy(held_out(seed)).to(device)
-        the_same = (rows, mask_id, steps, seed, batch)
-        if (steps, seed) not in base_bounds:
-            base_bounds[steps, seed] = bound_of(models["base", 0], *the_same, **options) / per
-        own = base = base_bounds[steps, seed]
-        if denoiser is not models["base", 0]:
-            own = bound_of(denoiser, *the_same, **options) / per
+        own, base = (bound_of(f, steps, seed) for f in (denoiser, models["base", 0]))
         difference, half = measures.paired(own, base)
         return {"bound": own.mean(), "minus base": difference, "half": half}
 
@@ -248,13 +244,16 @@ def evaluate(folder, domain, device, n, calls, temperatures=(1.0,), seeds=1, bat
             values["completed"] = domain.score(x.cpu().numpy(), reference)[domain.quality]
         return values
 
+    seeds_of = {}  # {arm: its training seeds}
+    for arm, seed in files:
+        seeds_of.setdefault(arm, []).append(seed)
     seeds = range(max(seeds, *(seed + 1 for _, seed in files)))
     todo = [("real", "", seed, 0, 1.0) for seed in seeds]
     for steps in calls:
-        for arm in dict.fromkeys(arm for arm, _ in files):
+        for arm in seeds_of:
             todo += [(arm, "", seed, steps, temperature) for seed in seeds for temperature in temperatures]
             last = steps == max(calls) and 1 in temperatures and bounded
-            if last and models[arm, 0].config.self_conditioning:
+            if last and models[arm, seeds_of[arm][0]].config.self_conditioning:
                 todo += [(arm, signal, 0, steps, 1.0) for signal in ("off", "shuffled", "uniform")]
     keys = ("model", "signal", "seed", "calls", "temperature", "n", "sampler", "file")
     old_rows = results.read_csv(path) if path.exists() else []
@@ -262,8 +261,8 @@ def evaluate(folder, domain, device, n, calls, temperatures=(1.0,), seeds=1, bat
     sampler = " ".join(f"{name}={'cosine' if value is COSINE else value}" for name, value in options.items())
     progress, rows = Progress("evaluate", len(todo)), []
     for done, (arm, signal, seed, steps, temperature) in enumerate(todo):
-        file = (arm, seed) if (arm, seed) in files else (arm, 0)
-        crc = "" if arm == "real" else f"crc{zlib.crc32(files[file].read_bytes()):08x}"
+        file = None if arm == "real" else (arm, seed if seed in seeds_of[arm] else seeds_of[arm][0])
+        crc = f"crc{zlib.crc32(files[file].read_bytes()):08x}" if file else ""
         row = dict(zip(keys, (arm, signal, float(seed), float(steps), temperature, float(n), sampler, crc)))
         key = tuple(map(str, row.values()))
         if key not in known:
@@ -281,14 +280,6 @@ def evaluate(folder, domain, device, n, calls, temperatures=(1.0,), seeds=1, bat
         rows.append(known[key])
         progress.update(done + 1, f"{arm}, {steps} calls")
     return rows
-
-
-def report(rows, domain, folder):
-    """Print what evaluate() found, and draw it."""
-    results.everything(rows, domain, folder)
-    if domain.source and "gen. ppl" not in rows[0]:
-        command = f"python train.py --data {domain.source['path']} --out {folder} --stage judge"
-        print(f"No generative perplexity, for want of a judge: {command} makes one.")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -370,8 +361,8 @@ def parse():  # fmt: off
       help="below 1 sharper, 0 the likeliest token; several to evaluate at each (default: 1)")
     a("--top-p", type=float, default=1.0, help="draw from the fewest tokens of this mass (default: 1)")
     a("--order", choices=("random", "confidence"), default="random",
-      help="which masks first: random, as the process has it (default), or the surest; that prefers what is safe:"
-      " fewer rules are broken, but text repeats itself")
+      help="which masks first: random, as the process has it (default), or the surest; that prefers what is"
+      " safe: fewer rules are broken, but text repeats itself")
     a("--schedule", choices=("linear", "cosine"), default="linear", help="how many per step")
     a("--seed", type=int, default=0, help="same seed, same device, same tokens (default: 0)")
     a("--seeds", type=int, default=1, help="evaluate: how many seeds (default: those of the training)")
@@ -382,14 +373,14 @@ def parse():  # fmt: off
     a("--evaluate", action="store_true", help="print the table of measures, not the samples")
     args = p.parse_args()
     args.steps = sorted(set(args.steps or [64]))
-    args.n = args.n or (256 if args.evaluate else 2)
-    if min(args.n, args.seeds, args.batch_size) < 1 or args.seed < 0:
-        p.error("-n, --seeds and --batch-size are 1 or more, --seed is 0 or more")
+    args.n = (256 if args.evaluate else 2) if args.n is None else args.n
+    if min(args.n, args.seeds, args.batch_size, args.length or 1) < 1 or args.seed < 0:
+        p.error("-n, --seeds, --batch-size and --length are 1 or more, --seed is 0 or more")
     if len(args.steps) + len(args.temperature) > 2 and not args.evaluate:
         p.error("several --steps or --temperature are for --evaluate")
     shows = args.prompt or args.length or args.watch or args.film or args.save
     if args.evaluate and shows:
-        p.error("--evaluate measures free samples: --prompt, --length, --watch, --film and --save have no effect")
+        p.error("--evaluate measures free samples: --prompt, --length, --watch, --film and --save do nothing")
     return args
 
 
@@ -398,13 +389,10 @@ def main():
     device = pick_device(args.device)
     folder = Path(args.models or SHIPPED / (args.data or "sudoku"))
     files = models_in(folder)
-    if args.model:
-        files = {key: path for key, path in files.items() if path.stem in ["base", *args.model]}
-        if missing := set(args.model) - {path.stem for path in files.values()}:
-            raise ValueError(f"{folder}: no {', '.join(sorted(missing))}.npz there")
-    if ("base", 0) not in files:
-        raise ValueError(f"{folder}: no base.npz there, expected a folder of models made by train.py")
-    domain = data.from_info(load(files["base", 0]).info)
+    info = load(files["base", 0]).info
+    if "data" not in info:
+        raise ValueError(f"{files['base', 0]}: a model that train.py did not make")
+    domain = data.from_info(info)
     if args.data not in (None, domain.name):
         raise ValueError(f"{folder}: models of {domain.name}, expected {args.data}")
     options = {"top_p": args.top_p} if args.top_p != 1 else {}
@@ -416,14 +404,17 @@ def main():
             raise ValueError(f"{domain.source.get('path')}: the data is no longer there to compare with")
         sizes = (args.n, args.steps, args.temperature, args.seeds, args.batch_size)
         rows = evaluate(folder, domain, device, *sizes, **options)
-        report(rows, domain, folder if args.models else Path())  # the shipped figures stay
+        results.everything(rows, domain, folder if args.models else Path())  # the shipped figures stay
         return
-    models = load_models(files, domain, device)
-    if not args.model:
-        shown = ("base", results.best([arm for arm, seed in models if seed == 0]))
-        models = {(arm, 0): models[arm, 0] for arm in shown if arm}
-    names = {key: results.label(key[0]) + (f", seed {key[1]}" if key[1] else "") for key in models}
-    models = {names[key]: model for key, model in models.items()}
+    arm = results.best([arm for arm, _ in files])
+    wanted = args.model or [path.stem for key, path in files.items() if key[0] == arm][:1]  # its first seed
+    if missing := set(wanted) - {path.stem for path in files.values()}:
+        raise ValueError(f"{folder}: no {', '.join(sorted(missing))}.npz there")
+    files = {key: path for key, path in files.items() if path.stem in ["base", *wanted]}
+    models = {
+        results.label(arm) + (f", seed {seed}" if seed else ""): model
+        for (arm, seed), model in load_models(files, domain, device).items()
+    }
     length = args.length or domain.length
     if length > domain.length:
         raise ValueError(f"--length is {length}, expected at most the model's {domain.length}")

@@ -189,7 +189,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.mask_id = config.vocab_size
-        self.info = {}  # whatever `save` was told about the model
+        self.info = {}  # what `load` found in the file beside the weights
         self.embed = nn.Embedding(config.vocab_size + 1, config.dim)  # the last row is the mask
         self.position_embed = nn.Embedding(config.length, config.dim) if config.positions else None
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
@@ -273,7 +273,8 @@ def diffusion_loss(
     unroll: the most passes that make the signal. 1 is the paper's recipe; more is ours, see pass 1 below.
     t [B]: the times, if they are not to be drawn (the floor T_MIN applies to them too).
     Order of the draws: times (1,) if not given, masks (B, L), who gets the signal (B,), and with unroll > 1
-    the number of passes (1,) and of calls (B,). Raises ValueError if self_cond_rate is outside [0, 1].
+    and a rate above 0 the number of passes (1,) and of calls (B,).
+    Raises ValueError if self_cond_rate is outside [0, 1].
 
     Train on this, quote `sampler_bound`: this bounds what the denoiser can do with a signal made as here.
     """
@@ -284,7 +285,7 @@ def diffusion_loss(
     # 1. One time for each sequence: one draw, spread evenly over the batch, for a calmer loss.
     if t is None:
         u = uniform((1,), x0.device, generator)
-        t = (u + torch.arange(B, device=x0.device, dtype=u.dtype) / max(B, 1)) % 1  # [B]
+        t = (u + torch.arange(B, device=x0.device, dtype=u.dtype) / B) % 1  # [B]
     t = t.clamp(min=T_MIN)
 
     # 2. Mask.

@@ -17,6 +17,7 @@ import copy
 import math
 import os
 import shlex
+import shutil
 import sys
 import time
 import zlib
@@ -31,23 +32,24 @@ import data
 import scmdm
 from data import results, windows
 from sample import Progress, clock, evaluate, fail, find_model, judge_nll, load_models, models_in, pick_device
-from sample import report, run, show
+from sample import run, show
 from scmdm import Config, Transformer, add_self_conditioning, diffusion_loss, load, masked_nll, save
 from scmdm import without_mask
 
 # How each domain is trained by default; a file of your own is trained like text. Every flag below overrides.
+# steps: of pretraining, of adaptation; unroll: the most passes that make a signal; lr: the peak learning rate
+# of the arms that get one; calls, n: denoiser calls and sequences in the table.
+COMMON = dict(dim=128, depth=4, heads=4, batch_size=32, unroll=8, lr=1e-3, calls=[64], n=256)
 DEFAULTS = {
-    # width, blocks, sequences per step; steps of pretraining, of adaptation; most passes that make a signal,
-    # and peak learning rate of the arms that get one; denoiser calls and n in the table
-    "sudoku": dict(dim=64, depth=3, batch_size=32, steps=(4000, 700), unroll=16, lr=2e-3, calls=[36, 144], n=128),
-    "text": dict(dim=128, depth=4, batch_size=32, steps=(12000, 1000), unroll=8, lr=1e-3, calls=[64], n=128),
-    "molecules": dict(dim=128, depth=4, batch_size=128, steps=(8000, 1000), unroll=8, lr=1e-3, calls=[32], n=1000),
-    "images": dict(dim=128, depth=4, batch_size=32, steps=(4000, 750), unroll=8, lr=1e-3, calls=[64], n=256),
-    "dna": dict(dim=128, depth=4, batch_size=32, steps=(3000, 1000), unroll=8, lr=1e-3, calls=[64], n=256),
+    "sudoku": COMMON | dict(dim=64, depth=3, steps=(4000, 700), unroll=16, lr=2e-3, calls=[36, 144], n=128),
+    "text": COMMON | dict(steps=(12000, 1000), n=128),
+    "molecules": COMMON | dict(steps=(8000, 1000), batch_size=128, calls=[32], n=1000),
+    "images": COMMON | dict(steps=(4000, 750)),
+    "dna": COMMON | dict(steps=(3000, 1000)),
 }
 JUDGE_STEPS = 4000  # a causal model learns from every position at once, and needs fewer
 STATE_EVERY = 60  # seconds: kill -9 loses at most this much
-LR = {  # peak learning rates where no signal is trained
+LR = {  # peak learning rates of models from nothing, and of the control
     "pretrain": 2e-3,  # small models like large steps
     "judge": 2e-3,
     "control": 5e-4,  # training on without a signal: what is large for the base undoes it
@@ -110,18 +112,10 @@ def parse():  # fmt: off
         p.error("--stage pretrain trains one model: expected one of --rates and one of --unroll")
     if args.unroll and not any(args.rates or [args.stage == "adapt"]):
         p.error("--unroll has no effect at rate 0")
-    default = DEFAULTS.get(args.data, DEFAULTS["text"])
-    args.calls = sorted(set(args.eval_steps or default["calls"]))
-    args.n = default["n"] if args.n is None else args.n
-    args.seeds = args.seeds or 1
-    args.heads = args.heads or 4
-    for name in ("dim", "depth", "batch_size"):
-        setattr(args, name, getattr(args, name) or default[name])
-    pretrain, adapt = default["steps"]
-    args.pretrain_steps = args.steps if args.stage == "pretrain" and args.steps else pretrain
-    args.adapt_steps = args.steps or adapt
-    args.chains = args.unroll or [1, default["unroll"]]
-    args.adapt_lr = args.lr or default["lr"]
+    args.default = DEFAULTS.get(args.data, DEFAULTS["text"])
+    for name in ("dim", "depth", "heads", "batch_size", "n"):
+        if getattr(args, name) is None:
+            setattr(args, name, args.default[name])
     return args
 
 
@@ -133,16 +127,6 @@ def parse():  # fmt: off
 def processes():
     """(which process this is, of how many), as torchrun says in the environment."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def batch_of(train, length, size, generator):
-    """A random batch [size, length] of int64 tokens: windows of a stream [N], or rows of [N, L]."""
-    if train.ndim == 1:
-        start = torch.randint(len(train) - length + 1, (size,), generator=generator).numpy()
-        rows = train[start[:, None] + np.arange(length)]
-    else:
-        rows = train[torch.randint(len(train), (size,), generator=generator).numpy()]
-    return torch.from_numpy(rows.astype(np.int64))
 
 
 def diffusion_at(rate, unroll=1):
@@ -182,6 +166,8 @@ def optimise(model, loss_of, train, args, steps, lr, seed, state, what):
     """
     rank, world = processes()
     device, length = next(model.parameters()).device, model.config.length
+    if train.ndim == 1:  # a stream: any window of it may be in a batch
+        train = np.lib.stride_tricks.sliding_window_view(train, length)  # [N - L + 1, L], a view
     parameters = list(model.parameters())
     average = copy.deepcopy(model).requires_grad_(False)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
@@ -192,8 +178,6 @@ def optimise(model, loss_of, train, args, steps, lr, seed, state, what):
         betas=(0.9, 0.98),  # the scale of the gradients is soon forgotten: the weight 1/t makes it jump
     )
     parts = {"model": model, "average": average, "optimiser": optimiser}
-    if state.exists() and not args.resume:
-        fail(f"{state} is of an interrupted run: --resume goes on with it, another --out starts anew")
     first = load_state(state, what, parts) if state.exists() else 0
     if args.compile:
         model.compile()
@@ -210,7 +194,8 @@ def optimise(model, loss_of, train, args, steps, lr, seed, state, what):
             g.manual_seed(int(np.random.SeedSequence((seed, kind, step)).generate_state(1)[0]))
 
         # 1. Batch: all processes draw the same, each takes its rows.
-        x0 = batch_of(train, length, args.batch_size, batches)[rank::world].to(device)  # [b, L]
+        rows = torch.randint(len(train), (args.batch_size,), generator=batches)[rank::world].numpy()
+        x0 = torch.from_numpy(train[rows].astype(np.int64)).to(device)  # [b, L]
 
         # 2. Loss, in nats per token.
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
@@ -224,8 +209,8 @@ def optimise(model, loss_of, train, args, steps, lr, seed, state, what):
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         if not torch.isfinite(norm):
             raise ValueError(
-                f"{state.stem}: stopped at step {step}, loss {loss.item()}; --resume with a lower --lr goes on "
-                + ("from the state of the last minute" if state.exists() else "from the start")
+                f"{state.stem}: stopped at step {step}, loss {loss.item()}; --resume with a lower --lr goes"
+                " on from the state of the last minute, or else from the start"
             )
 
         # 5. Step: linear warm-up, then a cosine to zero.
@@ -286,36 +271,28 @@ def same_run(path, found, what):
 
 
 @torch.no_grad()
-def validate(model, val, draws=8, bins=5):
-    """(NELBO, its means by share masked as text), nats per token, of val [N, L]; of two passes if adapted.
+def validate(model, val, draws=8):
+    """Nats per token of val [N, L]: of a judge the cross-entropy, else the NELBO, of two passes if adapted.
 
-    Exactly k of the L positions are masked, k = 1..L in turn, which has less noise than a random time: the
-    chance that k are masked at t, times the weight 1/t, is 1/k when integrated over t. All models get the
-    same masks.
+    For the NELBO exactly k of the L positions are masked, k = 1..L in turn, which has less noise than a
+    random time: the chance that k are masked at t, times the weight 1/t, is 1/k when integrated over t. All
+    models get the same masks.
     """
-    device, (N, L) = next(model.parameters()).device, val.shape
+    device, (N, L), losses = next(model.parameters()).device, val.shape, []
     generator = torch.Generator(device).manual_seed(0)
-    losses, shares = [], []
+    rows = torch.from_numpy(val.astype(np.int64)).to(device)  # [N, L]
+    if model.config.causal:
+        return torch.cat([judge_nll(model, x0) for x0 in rows.split(64)]).mean().item() / L
     for draw in range(draws):
         ks = 1 + (torch.arange(N, device=device) * draws + draw) % L  # [N]
-        for x0, k in zip(torch.from_numpy(val.astype(np.int64)).to(device).split(64), ks.split(64)):
+        for x0, k in zip(rows.split(64), ks.split(64)):
             masked = scmdm.uniform(x0.shape, device, generator).argsort(1).argsort(1) < k[:, None]  # [b, L]
             xt = torch.where(masked, model.mask_id, x0)
             x0_prev = None
             if model.config.self_conditioning:
                 x0_prev = without_mask(model(xt), model.mask_id).softmax(-1)
             losses.append(masked_nll(model(xt, x0_prev), x0, masked, model.mask_id) / k)
-            shares.append((k - 1) / L)
-    losses, shares = torch.cat(losses), torch.cat(shares)  # [draws * N]
-    by_share = [f"{losses[(shares * bins).long() == b].mean().item():.2f}" for b in range(bins)]
-    return losses.mean().item(), by_share
-
-
-@torch.no_grad()
-def validate_judge(model, val):
-    """Cross-entropy of a causal model over val [N, L], nats per token; it has no shares."""
-    rows = torch.from_numpy(val.astype(np.int64)).to(next(model.parameters()).device)
-    return torch.cat([judge_nll(model, x) for x in rows.split(64)]).mean().item() / val.shape[1], ["-"]
+    return torch.cat(losses).mean().item()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -325,17 +302,17 @@ def validate_judge(model, val):
 
 def arms_of(args):
     """[(file name, rate, unroll, steps)] of what is to be trained."""
+    (pretrain, adapt), unroll = args.default["steps"], args.default["unroll"]
     if args.stage == "pretrain":
         rate, K = (args.rates or [0])[0], (args.unroll or [1])[0]
         name = f"scratch-rate{rate:g}" if rate else "base"
-        return [(name + (f"-unroll{K}" if K > 1 else ""), rate, K, args.pretrain_steps)]
-    arms = []
+        return [(name + (f"-unroll{K}" if K > 1 else ""), rate, K, args.steps or pretrain)]
+    arms, chains, steps = [], args.unroll or [1, unroll], args.steps or adapt
     for rate in args.rates or [0, 1]:
-        for K in args.chains if rate else [1]:
-            arms.append((f"rate{rate:g}" + (f"-unroll{K}" if K > 1 else ""), rate, K, args.adapt_steps))
+        for K in chains if rate else [1]:
+            arms.append((f"rate{rate:g}" + (f"-unroll{K}" if K > 1 else ""), rate, K, steps))
     if args.long_control:  # of the cost of a step, forward is 1, backward 2, and the signal (K + 1) / 2 more
-        K = max(args.chains)
-        arms.insert(0, ("rate0-long", 0, 1, round(args.adapt_steps * (3 + (K + 1) / 2) / 3)))
+        arms.insert(0, ("rate0-long", 0, 1, round(steps * (3 + (max(chains) + 1) / 2) / 3)))
     return arms
 
 
@@ -353,19 +330,19 @@ def main():
     domain = data.get(args.data, args.lines, args.length, args.vocab)
     out = Path(args.out or f"runs/{domain.name}")
     out.mkdir(parents=True, exist_ok=True)
-    lock = alone_in(out) if rank == 0 else None  # noqa: F841, held until the end
     train, val = domain.load()
     val = windows(val, domain.length, 256)
     began, content = time.time(), zlib.crc32(np.ascontiguousarray(train))
 
-    def trained(name, build, loss_of, steps, lr, seed, **made_from):
-        """The model `name`: from OUT, if a run like this has finished there, else trained now and saved."""
+    def train_as(name, model, loss_of, steps, lr, seed, **made_from):
+        """Train the model and save it under this name in OUT, unless that has been done; then validate it."""
         path, state = out / f"{name}.npz", out / f"{name}.state"
+        if (path.exists() or state.exists()) and not args.resume:
+            fail(f"{path} is there already, or begun: --resume goes on with it, another --out starts anew")
         settings = {key: getattr(args, key) for key in ("batch_size", "weight_decay", "dtype")}
         what = {"data": domain.name, "content": content, "seed": seed, "steps": steps} | settings | made_from
         if not path.exists():
-            torch.manual_seed(seed)
-            model = optimise(build().to(device), loss_of, train, args, steps, lr, seed, state, what)
+            model = optimise(model.to(device), loss_of, train, args, steps, lr, seed, state, what)
             if rank == 0:
                 keys = ("vocab", "length", "end", "join", "source")
                 remembered = {"data": domain.name} | {key: getattr(domain, key) for key in keys}
@@ -373,88 +350,67 @@ def main():
                 state.unlink(missing_ok=True)
             if world > 1:
                 dist.barrier()
-        elif not args.resume:
-            fail(f"{path} is there already: --resume keeps it and goes on, another --out starts anew")
         model = load(path, device).eval()  # what is measured is what the file holds
         same_run(path, model.info.get("made_from", {}), what)
-        nelbo, by_share = validate_judge(model, val) if name == "judge" else validate(model, val)
         if rank == 0:
-            print(f"{name}: validation {nelbo:.4f} nats per token; few to all masked: {' '.join(by_share)}")
-        return model
+            print(f"{name}: validation {validate(model, val):.4f} nats per token")
 
-    def new(causal=False, self_conditioning=False):
+    def new(**kind):
         """A model from nothing. Rows have a beginning, windows of a stream do not."""
-        shape = (args.dim, args.depth, args.heads, causal, self_conditioning)
-        return Transformer(Config(len(domain.vocab), domain.length, *shape, positions=train.ndim == 2))
+        torch.manual_seed(args.seed)
+        sizes = (len(domain.vocab), domain.length, args.dim, args.depth, args.heads)
+        return Transformer(Config(*sizes, positions=train.ndim == 2, **kind))
 
     shape = {"shape": [args.dim, args.depth, args.heads]}
     if args.stage == "judge":
         steps, lr = args.steps or JUDGE_STEPS, args.lr or LR["judge"]
-        causal_loss = lambda model, x0, _: judge_nll(model, x0)  # noqa: E731
-        trained("judge", lambda: new(causal=True), causal_loss, steps, lr, args.seed, **shape)
+        causal_loss = lambda model, x0, generator: judge_nll(model, x0)  # noqa: E731
+        train_as("judge", new(causal=True), causal_loss, steps, lr, args.seed, **shape)
         return
     if args.stage == "pretrain":
         (name, rate, K, steps), lr = arms_of(args)[0], args.lr or LR["pretrain"]
-        build, made_from = lambda: new(self_conditioning=rate > 0), {"rate": rate, "unroll": K} | shape
-        trained(name, build, diffusion_at(rate, K), steps, lr, args.seed, **made_from)
+        model, made_from = new(self_conditioning=rate > 0), {"rate": rate, "unroll": K} | shape
+        train_as(name, model, diffusion_at(rate, K), steps, lr, args.seed, **made_from)
         return
 
     # --- adapt, the main job. First a base: Sudoku's is made from nothing, which takes minutes ---
+    ours = out / "base.npz"
     path = args.init or find_model(out, None if domain.name == "sudoku" else domain.name, "base")
     if path is None:
         made_from = {"rate": 0, "unroll": 1} | shape
-        trained("base", new, diffusion_at(0), args.pretrain_steps, LR["pretrain"], args.seed, **made_from)
-        path = out / "base.npz"
-    base = load(path, device)
+        steps, lr = args.default["steps"][0], LR["pretrain"]
+        train_as("base", new(), diffusion_at(0), steps, lr, args.seed, **made_from)
+        path = ours
+    base, crc = load(path, device), zlib.crc32(Path(path).read_bytes())
     if base.config.self_conditioning or base.config.causal:
         fail(f"{path}: not a base, but a model that is adapted already, or a judge")
     if base.info.get("vocab") != domain.vocab or base.config.length != domain.length:
         fail(f"{path}: a base of other tokens than {args.data}, or of another length")
-    if rank == 0:
-        keep_base(path, out / "base.npz")
+    if rank == 0:  # a copy of the base in OUT, so that the models there can be compared with it
+        if not ours.exists():
+            shutil.copy(path, ours.with_suffix(".tmp"))
+            ours.with_suffix(".tmp").replace(ours)
+        if zlib.crc32(ours.read_bytes()) != crc:
+            fail(f"--init {path}: {ours} is another base, expected an --out without one")
 
     # --- then each arm from that base, for each seed ---
-    crc = zlib.crc32(Path(path).read_bytes())
-    for seed in range(args.seed, args.seed + args.seeds):
+    for seed in range(args.seed, args.seed + (args.seeds or 1)):
         for name, rate, K, steps in arms_of(args):
             name += f"-seed{seed}" if seed else ""
-            build = lambda: add_self_conditioning(base) if rate else copy.deepcopy(base)  # noqa: B023, E731
-            lr = args.adapt_lr if rate else args.lr or LR["control"]
-            trained(name, build, diffusion_at(rate, K), steps, lr, seed, rate=rate, unroll=K, base=crc)
+            model = add_self_conditioning(base) if rate else copy.deepcopy(base)
+            lr = args.lr or (args.default["lr"] if rate else LR["control"])
+            train_as(name, model, diffusion_at(rate, K), steps, lr, seed, rate=rate, unroll=K, base=crc)
 
     # --- and the table of all that lies in OUT ---
     if rank == 0 and args.n:
+        calls = sorted(set(args.eval_steps or args.default["calls"]))
         models = load_models(models_in(out), domain, device)
-        shown = {results.label(arm): model for (arm, seed), model in models.items() if not seed}
+        shown = {results.label(arm): model for (arm, seed), model in models.items() if seed in (0, args.seed)}
         canvas = torch.full((1, domain.length), len(domain.vocab), device=device)
-        rows = evaluate(out, domain, device, args.n, args.calls)
-        show(shown, domain, canvas, max(args.calls), args.seed)
-        report(rows, domain, out)
+        rows = evaluate(out, domain, device, args.n, calls)
+        show(shown, domain, canvas, max(calls), args.seed)
+        results.everything(rows, domain, out)
         print(f"\nIn all {clock(time.time() - began)}. Watch it: python sample.py --models {out} --watch")
-
-
-def keep_base(path, ours):
-    """A copy of the base in OUT, so that the models there can be compared with what they come from."""
-    content = Path(path).read_bytes()
-    if not ours.exists():
-        ours.with_suffix(".tmp").write_bytes(content)
-        ours.with_suffix(".tmp").replace(ours)
-    elif ours.read_bytes() != content:
-        fail(f"--init {path}: {ours} is another base, expected an --out without one")
-
-
-def alone_in(out):
-    """An open file that no second run in this folder can lock: it would write over what this one makes."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    lock = open(out / ".lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        fail(f"{out}: another run is training there, expected another --out")
-    return lock
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def codons(bases):
 
 
 def open_reading_frames(bases):
-    """[(first, last base + 1)] of each ATG...stop, stop excluded, of SHORTEST codons or more, in bases [N]."""
+    """[(first, last base + 1)] of each ATG...stop, stop excluded, of SHORTEST codons at least, in bases."""
     found = []
     for frame in range(3):
         c = codons(bases[frame:][: (len(bases) - frame) // 3 * 3])

@@ -4,7 +4,7 @@
 
 A model's weights are a dict w {name: array}, under the names of its .npz. To port SCMDM, write `forward`,
 `loss`, `sample` and `bound` anew, with the weights and the fixed random numbers of golden.npz, and go down
-`steps` below until each agrees to 1e-4. All for the linear schedule: a token is masked with probability t.
+`check` below until each agrees to 1e-4. All for the linear schedule: a token is masked with probability t.
 Shapes: B sequences, L positions, V tokens, D model dimensions; the mask is token V.
 """
 
@@ -132,8 +132,16 @@ def optimise(w, gradients, lr, warmup):
         yield dict(live), dict(average)
 
 
-def steps(g):
-    """Each step of the check, as (name, [(found, expected), ...]); g {name: array} is golden.npz."""
+def check(path=GOLDEN):
+    """Print a line for each step; returns whether all of them agree."""
+    with np.load(path, allow_pickle=False) as file:
+        g = {name: file[name] for name in file.files}
+    agree = []
+
+    def compare(name, *pairs):
+        agree.append(all(np.allclose(found, expected, **TOLERANCE) for found, expected in pairs))
+        difference = max((np.abs(found - a) / np.maximum(1, np.abs(a))).max() for found, a in pairs)
+        print(f"{name}: {'ok' if agree[-1] else 'WRONG'}, largest difference {difference:.0e}")
 
     def part(prefix):
         names = [name for name in g if name.startswith(prefix)]
@@ -141,14 +149,14 @@ def steps(g):
 
     w, heads = part("weights/"), int(g["heads"])
     xt, noise = g["forward/xt"], (g["loss/x0"], g["loss/t"], g["loss/u_mask"])
-    yield "the Transformer", [(forward(w, heads, xt), g["forward/logits_without_signal"])]
-    yield "causal attention", [(forward(w, heads, xt, causal=True), g["forward/logits_causal"])]
-    yield "the adapter", [(forward(w, heads, xt, g["forward/x0_prev"]), g["forward/logits_with_signal"])]
-    yield "the loss, both passes", [(loss(w, heads, *noise), g["loss/loss"])]
+    compare("the Transformer", (forward(w, heads, xt), g["forward/logits_without_signal"]))
+    compare("causal attention", (forward(w, heads, xt, causal=True), g["forward/logits_causal"]))
+    compare("the adapter", (forward(w, heads, xt, g["forward/x0_prev"]), g["forward/logits_with_signal"]))
+    compare("the loss, both passes", (loss(w, heads, *noise), g["loss/loss"]))
     half = loss(w, heads, *noise, given=g["loss/u_given"] < 0.5)
-    yield "the loss at rate one half", [(half, g["loss/loss_at_rate_half"])]
+    compare("the loss at rate one half", (half, g["loss/loss_at_rate_half"]))
     chain = dict(unroll=4, u_passes=g["unroll/u_passes"][0], u_calls=g["unroll/u_calls"])
-    yield "the loss, unrolled", [(loss(w, heads, *noise, **chain), g["unroll/loss"])]
+    compare("the loss, unrolled", (loss(w, heads, *noise, **chain), g["unroll/loss"]))
 
     def slope(name, direction):  # a finite difference, in which the signal stays as it is
         ends = (w | {name: w[name] + h * direction} for h in (1e-5, -1e-5))
@@ -159,11 +167,11 @@ def steps(g):
     for name, gradient in part("loss/gradient/").items():
         direction = np.random.default_rng(0).standard_normal(gradient.shape)
         pairs.append((slope(name, direction), (gradient * direction).sum()))
-    yield "the gradient, along one direction each", pairs
+    compare("the gradient, along one direction each", *pairs)
 
     tokens, predictions = sample(w, heads, g["sample/canvas"], g["sample/u_reveal"], g["sample/u_token"])
-    yield "the sampler", [(predictions, g["sample/x0_prev"]), (tokens, g["sample/tokens"])]
-    yield "the sampler's bound", [(bound(w, heads, g["loss/x0"], g["bound/u"], 6), g["bound/bound"])]
+    compare("the sampler", (predictions, g["sample/x0_prev"]), (tokens, g["sample/tokens"]))
+    compare("the sampler's bound", (bound(w, heads, g["loss/x0"], g["bound/u"], 6), g["bound/bound"]))
 
     after = list(optimise(w, part("optimiser/gradient/"), lr=1e-2, warmup=1))
     before = [w] + [live for live, _ in after[:-1]]
@@ -171,20 +179,8 @@ def steps(g):
     pairs = [(np.array(losses), g["optimiser/loss"])]
     for found, kind in zip(after[-1], ("live", "average")):
         pairs += [(found[name], expected) for name, expected in part(f"optimiser/{kind}/").items()]
-    yield "three steps of the optimiser", pairs
-
-
-def check(path=GOLDEN):
-    """Print a line for each step; returns whether all of them agree."""
-    with np.load(path, allow_pickle=False) as file:
-        g = {name: file[name] for name in file.files}
-    good = True
-    for name, pairs in steps(g):
-        ok = all(np.allclose(found, expected, **TOLERANCE) for found, expected in pairs)
-        difference = max((np.abs(found - a) / np.maximum(1, np.abs(a))).max() for found, a in pairs)
-        print(f"{name}: {'ok' if ok else 'WRONG'}, largest difference {difference:.0e}")
-        good &= ok
-    return good
+    compare("three steps of the optimiser", *pairs)
+    return all(agree)
 
 
 if __name__ == "__main__":

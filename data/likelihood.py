@@ -4,8 +4,8 @@
 
 Given the order in which the positions are revealed, the chain rule gives p(x0 | order) exactly, and p(x0) is
 its mean over orders. `sampler_bound` is the mean of -log p(x0 | order), which is above -log p(x0) by Jensen's
-inequality: by much, if a model can write x0 in some orders only. The log of the mean over M orders lies between,
-and falls towards -log p(x0) as M grows (Burda et al. 2016, arXiv 1509.00519).
+inequality: by much, if a model can write x0 in some orders only. The log of the mean over M orders lies
+between, and falls towards -log p(x0) as M grows (Burda et al. 2016, arXiv 1509.00519).
 """
 
 import argparse
@@ -37,7 +37,7 @@ def cost_of_an_order(denoiser, x0, mask_id, steps, generator=None):
 
 
 def of_m_orders(costs, m):
-    """-log of the mean of exp(-cost) over m orders, from costs [M, N], as a mean over the M // m groups. [N]."""
+    """-log of the mean of exp(-cost) over m orders, from costs [M, N]: mean over the M // m groups. [N]."""
     groups = costs[: len(costs) // m * m].reshape(-1, m, costs.shape[1])  # [M // m, m, N]
     return (math.log(m) - torch.logsumexp(-groups, 1)).mean(0)
 

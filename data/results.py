@@ -78,7 +78,7 @@ def print_table(rows):
 
 
 def less_base(rows):
-    """(bound minus base, half of its 95% interval) over rows of several seeds, with sequences of their own."""
+    """(bound minus base, half of its 95% interval) over rows of several seeds, each of its own sequences."""
     half = sum(row["half"] ** 2 for row in rows) ** 0.5 / len(rows)
     return np.mean([row["minus base"] for row in rows]), half
 
@@ -180,7 +180,8 @@ NO_FIGURE = "no figure: it needs matplotlib (pip install matplotlib)"
 
 def plot_bound(rows, path):
     """The sampler's bound less the base's, against the number of calls; a dot for each seed."""
-    axes = blank_axes("denoiser calls", f"sampler's bound less the base's,\n{rows[0]['unit']} (lower: better)")
+    ylabel = f"sampler's bound less the base's,\n{rows[0]['unit']} (lower: better)"
+    axes = blank_axes("denoiser calls", ylabel)
     if axes is None:
         return NO_FIGURE
     colours = colours_of(rows)
@@ -222,9 +223,9 @@ def plot_frontier(rows, quality, path):
 
 
 def at_equal(measure, rows, quality):
-    """Each arm's quality beside those of base and control at the same predictive entropy, or share of different
-    4-grams, as rows of a table: what is left of a gain when sharpening, which is free, is taken out. Theirs are
-    read from straight lines between their temperatures; outside them is nothing to compare with."""
+    """Each arm's quality beside those of base and control at the same predictive entropy, or share of
+    different 4-grams, as rows of a table: what is left of a gain without sharpening, which is free. Theirs
+    are read from straight lines between their temperatures; outside is nothing to compare with."""
     points, table = {}, []  # points: {(calls, model, temperature): (measure, quality) of each seed}
     for row in rows:
         if quality in row and measure in row and row["model"] != "real":
@@ -265,6 +266,6 @@ if __name__ == "__main__":  # python -m data.results FOLDER DOMAIN: its table an
     from data import get
 
     folder = Path(sys.argv[1])
-    rows = [row for row in read_csv(folder / "results.csv") if "sampler" not in row]  # sampler: another order, say
+    rows = [row for row in read_csv(folder / "results.csv") if "sampler" not in row]  # another order, say
     most = max(row["n"] for row in rows)
     everything([row for row in rows if row["n"] == most], get(sys.argv[2]), folder)

@@ -135,8 +135,8 @@ def count(folder, row):
 
 
 def coincide(folder, row, order="random"):
-    """How often two valid grids of 6 x 6 are the same, digits aside, over how often they would be if all 39,168
-    were as likely: 1 for a sampler that has no favourites, 2 for one that draws from half of them."""
+    """How often two valid grids of 6 x 6 are the same, digits aside, over how often they would be if all
+    39,168 were as likely: 1 for a sampler that has no favourites, 2 for one that draws from half of them."""
     samples = drawn(folder, row["calls"], 2000, order)[results.label(row["model"])]
     x = np.array([list(text) for text in samples], dtype=int) - 1  # [N, 36]
     x = x[~sudoku.wrong(x).any(1)]

@@ -12,8 +12,8 @@ def wide(text):
 
 
 def draw_frame(domain, x, guess, width):
-    """A state x [L] as lines, `width` columns wide. A masked position shows its guess, dim (in a file, a dot);
-    a broken rule is red (in a file, marked with !)."""
+    """A state x [L] as lines, `width` columns wide. A masked position shows its guess, dim (in a file, a
+    dot); a broken rule is red (in a file, marked with !)."""
     lines, line, used, mask_id, terminal = [], "", 0, len(domain.vocab), sys.stdout.isatty()
     wrong = domain.wrong(x[None])[0] if domain.wrong else np.zeros(len(x), bool)
     for i, (token, likely) in enumerate(zip(x.tolist(), guess.tolist())):

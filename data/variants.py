@@ -1,6 +1,7 @@
-"""Other ways to make the signal, tried on Sudoku beside `unroll`. None is better enough to be kept: data/README.md.
+"""Other ways to make the signal, tried on Sudoku beside `unroll`. None is better enough to be kept
+(data/README.md).
 
-    python -m data.variants gradient train.py ...    train.py, or sample.py, with another way to make the signal
+    python -m data.variants gradient train.py ...    train.py, or sample.py, with another signal
 
 The loss below is the unrolled one of scmdm.py with its choices as arguments; the test compares the two.
 """
