@@ -196,14 +196,14 @@ def with_signal(model, kind):
     return denoiser
 
 
-def evaluate(folder, domain, device, n, calls, temperatures=(1.0,), seeds=1, batch=64, **options):
+def evaluate(folder, out, domain, device, n, calls, temperatures=(1.0,), seeds=1, batch=64, **options):
     """Measure every model in the folder: a row for each model, seed, number of calls and temperature.
 
     Seed j is a model's j-th training seed, where it has several, and the seed of n samples, of n held-out
-    sequences and of their masks: the same for all models. Rows are added to results.csv as they are made;
-    what is there already, of the same model file, is not measured again.
+    sequences and of their masks: the same for all models. Rows are added to results.csv in `out` as they are
+    made; what is there or in the folder already, of the same model file, is not measured again.
     """
-    files, path = models_in(folder), Path(folder) / "results.csv"
+    files, path = models_in(folder), Path(out) / "results.csv"
     models, judge = load_models(files, domain, device), load_judge(folder, domain, device)
     _, val = domain.load()
     per, unit = (domain.length, "nats per token") if val.ndim == 1 else (1, "nats per sequence")
@@ -219,7 +219,7 @@ def evaluate(folder, domain, device, n, calls, temperatures=(1.0,), seeds=1, bat
     def bound_of(denoiser, steps, seed):
         """The sampler's bound of each held-out sequence, at the same masks for every model. [n], NumPy."""
         same = {"generator": torch.Generator(device).manual_seed(seed)} | options
-        rows = torch.from_numpy(held_out(seed)).to(device).split(batch)
+        rows = torch.from_numpy(held_out(seed)[: len(rest)]).to(device).split(batch)  # none of them twice
         parts = [sampler_bound(denoiser, x, mask_id, steps, **same) for x in rows]
         return torch.cat(parts).cpu().double().numpy() / per
 
@@ -256,7 +256,10 @@ def evaluate(folder, domain, device, n, calls, temperatures=(1.0,), seeds=1, bat
             if last and models[arm, seeds_of[arm][0]].config.self_conditioning:
                 todo += [(arm, signal, 0, steps, 1.0) for signal in ("off", "shuffled", "uniform")]
     keys = ("model", "signal", "seed", "calls", "temperature", "n", "sampler", "file")
-    old_rows = results.read_csv(path) if path.exists() else []
+    csvs = [csv for csv in {path, Path(folder) / "results.csv"} if csv.exists()]
+    old_rows = [row for csv in csvs for row in results.read_csv(csv)]
+    if judge:  # what was measured before there was one is measured again
+        old_rows = [row for row in old_rows if "gen. ppl" in row or "signal" in row]
     known = {tuple(str(row.get(key, "")) for key in keys): row for row in old_rows}
     sampler = " ".join(f"{name}={'cosine' if value is COSINE else value}" for name, value in options.items())
     progress, rows = Progress("evaluate", len(todo)), []
@@ -388,6 +391,7 @@ def main():
     args = parse()
     device = pick_device(args.device)
     folder = Path(args.models or SHIPPED / (args.data or "sudoku"))
+    out = folder if args.models else Path()  # what is shipped stays as it is
     files = models_in(folder)
     info = load(files["base", 0]).info
     if "data" not in info:
@@ -403,8 +407,7 @@ def main():
         if domain.load is None:
             raise ValueError(f"{domain.source.get('path')}: the data is no longer there to compare with")
         sizes = (args.n, args.steps, args.temperature, args.seeds, args.batch_size)
-        rows = evaluate(folder, domain, device, *sizes, **options)
-        results.everything(rows, domain, folder if args.models else Path())  # the shipped figures stay
+        results.everything(evaluate(folder, out, domain, device, *sizes, **options), domain, out)
         return
     arm = results.best([arm for arm, _ in files])
     wanted = args.model or [path.stem for key, path in files.items() if key[0] == arm][:1]  # its first seed

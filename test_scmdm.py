@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -1344,10 +1345,11 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
 
 
 def optimise(tmp_path, rate=1.0, unroll=1, loss_of=None, resume=False, lr=1e-2, steps=12, **what):
-    """A short training of a tiny adapted model on random tokens."""
+    """A short training of a tiny model, adapted if the rate is above 0, on random tokens."""
     args = train_args(batch_size=4, weight_decay=0.1, resume=resume)
     stream = np.random.default_rng(0).integers(0, 5, 400)
-    model, state = add_self_conditioning(tiny(seed=4)), tmp_path / "rate1.state"
+    model, state = tiny(seed=4), tmp_path / "rate1.state"
+    model = add_self_conditioning(model) if rate else model
     loss_of = loss_of or train_py.diffusion_at(rate, unroll)
     return train_py.optimise(model, loss_of, stream, args, steps, lr, 3, state, {"steps": steps} | what)
 
@@ -1438,7 +1440,7 @@ def train_arms(folder):
 
 def test_several_processes_train_the_model_of_one(tmp_path):
     """Two processes give the weights that one gives with the same global batch, to float error, at any rate
-    (at 0 too, at which W gets no gradient) and unrolled."""
+    and unrolled."""
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 --no-python".split()
     worker = [sys.executable, "-c", f"import test_scmdm; test_scmdm.train_arms({str(tmp_path)!r})"]
     command = [sys.executable, *torchrun, *worker]
@@ -1478,9 +1480,9 @@ def call(monkeypatch, capsys):
             sample_py.run(script.main)
         except SystemExit as stop:
             code = stop.code
-        out, err = capsys.readouterr()
-        assert code == status and "Traceback" not in err, err
-        return err if status else out
+        out, call.err = capsys.readouterr()
+        assert code == status and "Traceback" not in call.err, call.err
+        return call.err if status else out
 
     return call
 
@@ -1542,8 +1544,31 @@ def test_nothing_finished_is_destroyed(own, call, tmp_path):
     model.head.weight.data += 0.1
     save(other, model)
     assert "is another base" in train(3, "--resume", "--init", other, status=2)
+    same_name = tmp_path / "novel.txt"
+    same_name.write_text("the lazy dog_ jumps over a quick brown fox\n" * 640)
+    assert "a base of other data of the same name" in train(3, "--data", same_name, status=2)
     (tmp_path / "rate1.npz").write_bytes(before)
     assert "adapted from another base" in call(sample_py, "--models", tmp_path, status=2)
+
+
+def test_evaluate_measures_what_is_missing(own, call, monkeypatch, tmp_path):
+    """--evaluate measures anew what had no judge, takes no held-out row twice, leaves what is shipped."""
+    for name in ("base.npz", "rate1.npz"):
+        shutil.copy(own / name, tmp_path)
+    use = functools.partial(call, sample_py, "--models", tmp_path, "--evaluate", "--steps", 1, "-n")
+    assert "gen. ppl" not in use(2)
+    shutil.copy(own / "judge.npz", tmp_path)
+    assert "gen. ppl" in use(2)
+    use(57), use(130)  # 57 windows are held out to measure on
+    rows = results.read_csv(tmp_path / "results.csv")
+    halves = [row["half"] for row in rows if row["model"] == "rate1" and row["n"] > 2 and "signal" not in row]
+    assert halves[0] == halves[1]
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    shipped = sample_py.SHIPPED / "sudoku" / "results.csv"
+    before = shipped.read_bytes()
+    call(sample_py, "--evaluate", "--steps", 1, "-n", 2)
+    assert shipped.read_bytes() == before and results.read_csv("results.csv")
 
 
 def test_the_main_job(call, monkeypatch, tmp_path):
@@ -1563,6 +1588,7 @@ def test_the_main_job(call, monkeypatch, tmp_path):
     one_seed = tmp_path / "one-seed"
     out = call(train_py, "--out", one_seed, "-n", 4, "--seed", 1, "--rates", 1, "--unroll", 1)
     assert first_column(out[out.index("model ") :])[1:3] == ["base", "SCMDM (paper)"]
+    assert re.search(r"^base +\| SCMDM \(paper\)$", out, re.M), "the samples at the end"
     assert "SCMDM (paper), seed 1" in call(sample_py, "--models", one_seed, "--steps", 2)
 
 
@@ -1573,7 +1599,7 @@ def test_own_sequences(kind, call, tmp_path):
     numbers = np.random.default_rng(0).integers(0, 12, (60, 7))
     if kind == "lines":
         path, prompt, flags = tmp_path / "data.txt", "he__o", ["--lines", "--length", 7]
-        path.write_text("\n".join(["hello", "bee", "a", "seventh", "much too long"] * 9))
+        path.write_text("\n".join(["hello", "bee", "a", "seventh", "much too long"] * 10))
     elif kind == "rows":
         prompt, flags = "3 11 __ 4", []
         np.save(path, numbers)
@@ -1581,8 +1607,8 @@ def test_own_sequences(kind, call, tmp_path):
         prompt, flags = "w3 w11 __ w4", ["--length", 7, "--vocab", words]
         np.save(path, numbers.flatten())
         words.write_text("\n".join(f"w{i}" for i in range(12)))
-    out = call(train_py, "--data", path, "--stage", "pretrain", "--out", tmp_path, *flags, *SMALL)
-    assert ("9 of 45 lines are longer than 7" in out) == (kind == "lines")
+    call(train_py, "--data", path, "--stage", "pretrain", "--out", tmp_path, *flags, *SMALL)
+    assert ("10 of 50 lines are longer than 7" in call.err) == (kind == "lines")
     assert load(tmp_path / "base.npz").config.length == (8 if kind == "lines" else 7)
     use = functools.partial(call, sample_py, "--models", tmp_path)
     assert use("--prompt", prompt, "--steps", 3, "-n", 70).count("\n" + prompt.split("_")[0]) == 70

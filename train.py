@@ -107,7 +107,8 @@ def parse():  # fmt: off
     }
     for flag in sorted(given & without_effect[args.stage]):
         name = "-n" if flag == "n" else "--" + flag.replace("_", "-")
-        p.error(f"{name} has no effect with --stage {args.stage}")
+        hint = ", which takes a base as it is: first --stage pretrain" if args.stage == "adapt" else ""
+        p.error(f"{name} has no effect with --stage {args.stage}{hint}")
     if args.stage == "pretrain" and max(len(args.rates or []), len(args.unroll or [])) > 1:
         p.error("--stage pretrain trains one model: expected one of --rates and one of --unroll")
     if args.unroll and not any(args.rates or [args.stage == "adapt"]):
@@ -182,8 +183,8 @@ def optimise(model, loss_of, train, args, steps, lr, seed, state, what):
     if args.compile:
         model.compile()
     denoiser = model
-    if world > 1:  # an adapted model at rate 0 gives its W no gradient, at which DDP would stop
-        denoiser = DistributedDataParallel(model, find_unused_parameters=True)
+    if world > 1:
+        denoiser = DistributedDataParallel(model)
         denoiser.config, denoiser.mask_id = model.config, model.mask_id
     batches, noise = torch.Generator(), torch.Generator(device)  # batches are always drawn on the CPU
     warmup = max(1, min(steps // 20, 200))
@@ -385,7 +386,10 @@ def main():
     if base.config.self_conditioning or base.config.causal:
         fail(f"{path}: not a base, but a model that is adapted already, or a judge")
     if base.info.get("vocab") != domain.vocab or base.config.length != domain.length:
-        fail(f"{path}: a base of other tokens than {args.data}, or of another length")
+        lengths = f"length {base.config.length} where {domain.length} is expected"
+        fail(f"{path}: a base of other tokens than {args.data}, or of another length ({lengths})")
+    if path == ours and base.info.get("made_from", {}).get("content") != content:
+        fail(f"{path}: a base of other data of the same name; --init takes it, another --out makes a new one")
     if rank == 0:  # a copy of the base in OUT, so that the models there can be compared with it
         if not ours.exists():
             shutil.copy(path, ours.with_suffix(".tmp"))
@@ -407,7 +411,7 @@ def main():
         models = load_models(models_in(out), domain, device)
         shown = {results.label(arm): model for (arm, seed), model in models.items() if seed in (0, args.seed)}
         canvas = torch.full((1, domain.length), len(domain.vocab), device=device)
-        rows = evaluate(out, domain, device, args.n, calls)
+        rows = evaluate(out, out, domain, device, args.n, calls)
         show(shown, domain, canvas, max(calls), args.seed)
         results.everything(rows, domain, out)
         print(f"\nIn all {clock(time.time() - began)}. Watch it: python sample.py --models {out} --watch")

@@ -1,6 +1,7 @@
 """What a domain is, and how it is found: by its name, or made on the spot from a user's own file."""
 
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -66,7 +67,7 @@ def get(name, lines=False, length=None, vocab=None):
         domain, tokens = from_lines(label, path, length or 128)
     else:
         domain, tokens = from_text(label, path, length or 128)
-    least = 20 if tokens.ndim == 2 else 20 * domain.length  # so that the last tenth holds two windows
+    least = 40 if tokens.ndim == 2 else 40 * domain.length  # so that the last tenth holds four windows
     unit = "tokens" if tokens.ndim == 1 else "sequences"
     expect(len(tokens) >= least, path, f"{len(tokens)} {unit}", f"at least {least}")
     vocab = vocab and str(Path(vocab).resolve())
@@ -105,7 +106,8 @@ def from_lines(name, path, longest, end="<end>"):
     lines = [line for line in read(path).split("\n") if line]
     kept = [line for line in lines if len(line) <= longest]
     if len(kept) < len(lines):
-        print(f"{path}: {len(lines) - len(kept)} of {len(lines)} lines are longer than {longest}, left out")
+        left_out = f"{len(lines) - len(kept)} of {len(lines)} lines are longer than {longest}, left out"
+        print(f"{path}: {left_out}", file=sys.stderr)
     length = max(map(len, kept), default=0) + 1  # room for the end
     domain = Domain(name, [*sorted(set("".join(kept))), end], length, end=end)
     rows = np.full((len(kept), length), domain.index[end], dtype=np.int32)  # [N, L]

@@ -1,6 +1,6 @@
 """How loose is the sampler's bound? -log p itself, approached from above by many orders of revealing.
 
-    python -m data.likelihood data/models/sudoku sudoku --calls 144
+    python -m data.likelihood data/models/sudoku --calls 144
 
 Given the order in which the positions are revealed, the chain rule gives p(x0 | order) exactly, and p(x0) is
 its mean over orders. `sampler_bound` is the mean of -log p(x0 | order), which is above -log p(x0) by Jensen's
@@ -19,7 +19,7 @@ import data
 import scmdm
 from data import measures, results, windows
 from sample import Progress, load_models, models_in, pick_device, run
-from scmdm import mask_tokens, masked_nll, without_mask
+from scmdm import load, mask_tokens, masked_nll, without_mask
 
 
 @torch.no_grad()
@@ -45,13 +45,13 @@ def of_m_orders(costs, m):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("folder", type=Path, help="of models, as train.py makes it")
-    p.add_argument("domain", help="the data it is of")
     p.add_argument("--calls", type=int, default=64, help="denoiser calls (default: 64)")
     p.add_argument("-n", type=int, default=64, help="held-out sequences (default: 64)")
     p.add_argument("--orders", type=int, default=256, help="M, the most orders for each (default: 256)")
     args = p.parse_args()
-    domain, device = data.get(args.domain), pick_device("auto")
-    models = load_models(models_in(args.folder), domain, device)
+    files, device = models_in(args.folder), pick_device("auto")
+    domain = data.from_info(load(files["base", 0]).info)
+    models = load_models(files, domain, device)
     x0 = torch.from_numpy(windows(domain.load()[1], domain.length, args.n).astype(np.int64)).to(device)
     progress, table, base = Progress("orders", len(models) * args.orders), [], {}
     for i, ((arm, seed), model) in enumerate(models.items()):
