@@ -1563,6 +1563,7 @@ def test_evaluate_measures_what_is_missing(own, call, monkeypatch, tmp_path):
     rows = results.read_csv(tmp_path / "results.csv")
     halves = [row["half"] for row in rows if row["model"] == "rate1" and row["n"] > 2 and "signal" not in row]
     assert halves[0] == halves[1]
+    assert "SCMDM (paper)" in call(likelihood, tmp_path, "--calls", 2, "-n", 2, "--orders", 1)
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     shipped = sample_py.SHIPPED / "sudoku" / "results.csv"
@@ -1720,7 +1721,7 @@ def test_sudoku_is_exactly_uniform():
 
 
 def test_genes(monkeypatch):
-    """Genes are the longest open reading frames, ATG to stop, of both strands; the code is the standard."""
+    """Genes are the longest open reading frames, ATG to stop, both strands; the code is the standard one."""
     monkeypatch.setattr(dna, "SHORTEST", 42)
     bases = np.random.default_rng(0).integers(0, 4, 60000)
     frames = {}  # {the end of a frame: its start}
