@@ -1,15 +1,13 @@
-"""Sample: generate, infill, watch, film, evaluate.
+"""Sample: generate, infill, watch, film.
 
     python sample.py --watch                            base and SCMDM side by side, from the same seed
     python sample.py --data text --prompt "To ____ or"  fill the blanks, one token for each _, and write on
-    python sample.py --data text --evaluate             measure every model in the folder
     python sample.py --models runs/novel                models of your own
 
-This file runs the sampler and looks at what comes out. The method is in scmdm.py, the measures are in data/.
+This file runs the sampler and looks at what comes out. The method is in scmdm.py, what measures in data/study/.
 """
 
 import argparse
-import functools
 import json
 import math
 import os
@@ -22,13 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import data
-from data import measures, results, windows
 from data.film import film
 from data.terminal import draw_frame, side_by_side
-from scmdm import COSINE, load, sample, sampler_bound, token_probs
+from scmdm import COSINE, load, sample
 
 SHIPPED = Path(__file__).parent / "data" / "models"
 
@@ -123,166 +119,50 @@ def load_models(files, domain, device):
     return models
 
 
-def load_judge(folder, domain, device):
-    """A function x [N, L] -> -log p(x), nats [N]: the causal model beside the others, or None."""
-    path = find_model(folder, domain.name, "judge")
-    if path is None:
-        return None
-    judge = load(path, device).eval()
-    if judge.info.get("vocab") != domain.vocab:
-        raise ValueError(f"{path}: not a judge of the tokens of {domain.name}")
-
-    @torch.no_grad()
-    def nll(x):
-        rows = torch.from_numpy(x.astype(np.int64)).to(device).split(64)
-        return torch.cat([judge_nll(judge, part) for part in rows]).cpu().numpy()
-
-    return nll
-
-
-def judge_nll(judge, x):
-    """-log p(x) of each sequence x [B, L] under a causal model. [B], nats per sequence.
-
-    Position i is predicted from the tokens before it, the first from the mask, which starts every sequence.
-    """
-    start = torch.full_like(x[:, :1], judge.mask_id)
-    logits = judge(torch.cat((start, x[:, :-1]), dim=1)).float()  # [B, L, V]
-    return F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="none").view(x.shape).sum(1)
-
-
 # ---------------------------------------------------------------------------------------------
-# Generate and evaluate
+# Generate
 # ---------------------------------------------------------------------------------------------
 
 
 def generate(denoiser, canvas, mask_id, steps, seed, batch=64, on_step=None, progress=None, **options):
-    """Fill the canvas [N, L], `batch` sequences at a time.
-
-    Returns the tokens [N, L]; their predictive entropy in nats per token, the mean entropy of the
-    distributions that they were drawn from (a lower temperature lowers it, and so does overconfidence); and
-    seconds.
-    """
+    """Fill the canvas [N, L], `batch` sequences at a time. Returns the tokens [N, L], and seconds."""
     generator = torch.Generator(canvas.device).manual_seed(seed)
-    rows, entropies, began = [], [], time.perf_counter()
+    rows, began = [], time.perf_counter()
     for x in canvas.split(batch):
-        before = x
 
         def watch(step, x, x0_prev):
-            nonlocal before
-            revealed = (before == mask_id) & (x != mask_id)  # [B, L]
-            logits = x0_prev[revealed].cpu().double().log()  # [R, V]
-            p = token_probs(logits, options.get("temperature", 1), options.get("top_p", 1))
-            entropies.append(torch.special.entr(p).sum(-1))  # [R]
-            before = x
             if progress:
                 progress.update(len(rows) * steps + step + 1)
             if on_step and not rows:
                 on_step(step, x, x0_prev)
 
         rows.append(sample(denoiser, x, mask_id, steps, generator=generator, on_step=watch, **options))
-    return torch.cat(rows), torch.cat(entropies).mean().item(), time.perf_counter() - began
+    return torch.cat(rows), time.perf_counter() - began
 
 
-def with_signal(model, kind):
-    """The model with its signal replaced: by none, by that of other positions, or by a uniform one."""
+NAMES = {  # what a reader calls the parts of a model's file name, replaced in this order
+    "scratch-rate0.": "scratch, rate 0.",
+    "scratch-rate1": "scratch, rate 1",
+    "rate0.": "SCMDM rate 0.",
+    "rate0-long": "control, as long",
+    "rate0": "control",
+    "rate1-unroll": "SCMDM unroll ",
+    "rate1": "SCMDM (paper)",
+    "-unroll": " unroll ",
+}
 
-    def denoiser(xt, x0_prev):
-        if x0_prev is None or kind == "off":
-            return model(xt, None)
-        if kind == "uniform":
-            return model(xt, torch.full_like(x0_prev, 1 / x0_prev.shape[-1]))
-        return model(xt, x0_prev[:, torch.randperm(xt.shape[1], generator=torch.Generator().manual_seed(0))])
 
-    return denoiser
+def label(model):
+    for part, words in NAMES.items():
+        model = model.replace(part, words)
+    return model
 
 
-def evaluate(folder, out, domain, device, n, calls, temperatures=(1.0,), seeds=1, batch=64, **options):
-    """Measure every model in the folder: a row for each model, seed, number of calls and temperature.
-
-    Seed j is a model's j-th training seed, where it has several, and the seed of n samples, of n held-out
-    sequences and of their masks: the same for all models. Rows are added to results.csv in `out` as they are
-    made; what is there or in the folder already, of the same model file, is not measured again.
-    """
-    files, path = models_in(folder), Path(out) / "results.csv"
-    models, judge = load_models(files, domain, device), load_judge(folder, domain, device)
-    _, val = domain.load()
-    per, unit = (domain.length, "nats per token") if val.ndim == 1 else (1, "nats per sequence")
-    # one half of the held-out data to compare with; the other half is measured as samples are, and bounded
-    reference, rest = np.array_split(np.random.default_rng(0).permutation(windows(val, domain.length)), 2)
-    mask_id = len(domain.vocab)
-    bounded = not options.keys() - {"schedule"}  # what is sampled otherwise has no such bound
-
-    def held_out(seed):
-        return rest[(seed * n + np.arange(n)) % len(rest)].astype(np.int64)  # [n, L]
-
-    @functools.cache
-    def bound_of(denoiser, steps, seed):
-        """The sampler's bound of each held-out sequence, at the same masks for every model. [n], NumPy."""
-        same = {"generator": torch.Generator(device).manual_seed(seed)} | options
-        rows = torch.from_numpy(held_out(seed)[: len(rest)]).to(device).split(batch)  # none of them twice
-        parts = [sampler_bound(denoiser, x, mask_id, steps, **same) for x in rows]
-        return torch.cat(parts).cpu().double().numpy() / per
-
-    def bounds(denoiser, steps, seed):
-        """The bound, and its paired difference from the base's with half the width of its 95% interval."""
-        own, base = (bound_of(f, steps, seed) for f in (denoiser, models["base", 0]))
-        difference, half = measures.paired(own, base)
-        return {"bound": own.mean(), "minus base": difference, "half": half}
-
-    def samples(denoiser, steps, temperature, seed):
-        def fill(canvas):
-            canvas = torch.from_numpy(canvas).to(device)
-            return generate(denoiser, canvas, mask_id, steps, seed, batch, temperature=temperature, **options)
-
-        x, entropy, seconds = fill(np.full((n, domain.length), mask_id))
-        values = measures.measure(domain, x.cpu().numpy(), reference, judge)
-        values["path entropy"] = entropy * domain.length / per
-        values["ms per call"] = 1000 * seconds / steps / math.ceil(n / batch)
-        if domain.given and temperature == 1:  # with a part of a held-out sequence as the prompt
-            shown = np.random.default_rng(seed).random((n, domain.length)) < domain.given
-            x, _, _ = fill(np.where(shown, held_out(seed), mask_id))
-            values["completed"] = domain.score(x.cpu().numpy(), reference)[domain.quality]
-        return values
-
-    seeds_of = {}  # {arm: its training seeds}
-    for arm, seed in files:
-        seeds_of.setdefault(arm, []).append(seed)
-    seeds = range(max(seeds, *(seed + 1 for _, seed in files)))
-    todo = [("real", "", seed, 0, 1.0) for seed in seeds]
-    for steps in calls:
-        for arm in seeds_of:
-            todo += [(arm, "", seed, steps, temperature) for seed in seeds for temperature in temperatures]
-            last = steps == max(calls) and 1 in temperatures and bounded
-            if last and models[arm, seeds_of[arm][0]].config.self_conditioning:
-                todo += [(arm, signal, 0, steps, 1.0) for signal in ("off", "shuffled", "uniform")]
-    keys = ("model", "signal", "seed", "calls", "temperature", "n", "sampler", "file")
-    csvs = [csv for csv in {path, Path(folder) / "results.csv"} if csv.exists()]
-    old_rows = [row for csv in csvs for row in results.read_csv(csv)]
-    if judge:  # what was measured before there was one is measured again
-        old_rows = [row for row in old_rows if "gen. ppl" in row or "signal" in row]
-    known = {tuple(str(row.get(key, "")) for key in keys): row for row in old_rows}
-    sampler = " ".join(f"{name}={'cosine' if value is COSINE else value}" for name, value in options.items())
-    progress, rows = Progress("evaluate", len(todo)), []
-    for done, (arm, signal, seed, steps, temperature) in enumerate(todo):
-        file = None if arm == "real" else (arm, seed if seed in seeds_of[arm] else seeds_of[arm][0])
-        crc = f"crc{zlib.crc32(files[file].read_bytes()):08x}" if file else ""
-        row = dict(zip(keys, (arm, signal, float(seed), float(steps), temperature, float(n), sampler, crc)))
-        key = tuple(map(str, row.values()))
-        if key not in known:
-            row["unit"] = unit
-            if arm == "real":
-                row |= measures.measure(domain, held_out(seed), reference, judge)
-                row |= {"path entropy": domain.entropy} if domain.entropy else {}
-            elif signal:
-                row |= bounds(with_signal(models[file], signal), steps, seed)
-            else:
-                row |= samples(models[file], steps, temperature, seed)
-                row |= bounds(models[file], steps, seed) if temperature == 1 and bounded else {}
-            known[key] = {column: value for column, value in row.items() if value != ""}
-            results.append_csv(path, known[key])
-        rows.append(known[key])
-        progress.update(done + 1, f"{arm}, {steps} calls")
-    return rows
+def best(arms):
+    """The arm to show beside the base: of rate 1, the longest chain; None if there is no arm."""
+    chain = lambda arm: int(arm.partition("-unroll")[2] or 1)  # noqa: E731
+    arms = [arm for arm in arms if arm.startswith("rate")]
+    return max(arms, key=lambda arm: (arm.startswith("rate1"), chain(arm), arm), default=None)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -319,7 +199,7 @@ def show(models, domain, canvas, steps, seed, batch=64, watch=False, film_path=N
 
         progress = Progress(f"{label}: call", steps * math.ceil(len(canvas) / batch))
         watched = {"on_step": on_step, "progress": progress}
-        x, _, seconds = generate(model, canvas, len(domain.vocab), steps, seed, batch, **watched, **options)
+        x, seconds = generate(model, canvas, len(domain.vocab), steps, seed, batch, **watched, **options)
         samples[label] = x.cpu().numpy()
         print(f"{label}: {steps} calls, {seconds:.1f} seconds", file=sys.stderr)
     terminal = sys.stdout.isatty()
@@ -357,33 +237,23 @@ def parse():  # fmt: off
     a("--prompt", default="",
       help="known tokens, with a _ for each blank (a literal one is \\_); what follows it is written too")
     a("--length", type=int, help="tokens, at most the model's (default); the prompt's own: infilling alone")
-    a("-n", type=int, help="how many sequences; with --evaluate, for each seed (default: 2; 256 to evaluate)")
-    a("--steps", type=int, nargs="+", help="denoiser calls; several to evaluate at each (default: 64)")
+    a("-n", type=int, default=2, help="how many sequences (default: 2)")
+    a("--steps", type=int, default=64, help="denoiser calls (default: 64)")
     a("--batch-size", type=int, default=64, help="sequences at a time; it changes the draws (default: 64)")
-    a("--temperature", type=float, nargs="+", default=[1.0],
-      help="below 1 sharper, 0 the likeliest token; several to evaluate at each (default: 1)")
+    a("--temperature", type=float, default=1.0, help="below 1 sharper, 0 the likeliest token (default: 1)")
     a("--top-p", type=float, default=1.0, help="draw from the fewest tokens of this mass (default: 1)")
     a("--order", choices=("random", "confidence"), default="random",
       help="which masks first: random, as the process has it (default), or the surest; that prefers what is"
       " safe: fewer rules are broken, but text repeats itself")
     a("--schedule", choices=("linear", "cosine"), default="linear", help="how many per step")
     a("--seed", type=int, default=0, help="same seed, same device, same tokens (default: 0)")
-    a("--seeds", type=int, default=1, help="evaluate: how many seeds (default: those of the training)")
     a("--device", default="auto", help="auto, cpu, cuda or mps (default: auto, the fastest there is)")
     a("--watch", action="store_true", help="play the steps; a masked position shows its current guess, dim")
     a("--film", metavar="FILE.svg", help="the same as an animated picture")
     a("--save", metavar="FILE", help="write the samples, one per line; as JSON lines if it ends in .jsonl")
-    a("--evaluate", action="store_true", help="print the table of measures, not the samples")
     args = p.parse_args()
-    args.steps = sorted(set(args.steps or [64]))
-    args.n = (256 if args.evaluate else 2) if args.n is None else args.n
-    if min(args.n, args.seeds, args.batch_size, args.length or 1) < 1 or args.seed < 0:
-        p.error("-n, --seeds, --batch-size and --length are 1 or more, --seed is 0 or more")
-    if len(args.steps) + len(args.temperature) > 2 and not args.evaluate:
-        p.error("several --steps or --temperature are for --evaluate")
-    shows = args.prompt or args.length or args.watch or args.film or args.save
-    if args.evaluate and shows:
-        p.error("--evaluate measures free samples: --prompt, --length, --watch, --film and --save do nothing")
+    if min(args.n, args.batch_size, args.length or 1) < 1 or args.seed < 0:
+        p.error("-n, --batch-size and --length are 1 or more, --seed is 0 or more")
     return args
 
 
@@ -391,7 +261,6 @@ def main():
     args = parse()
     device = pick_device(args.device)
     folder = Path(args.models or SHIPPED / (args.data or "sudoku"))
-    out = folder if args.models else Path()  # what is shipped stays as it is
     files = models_in(folder)
     info = load(files["base", 0]).info
     if "data" not in info:
@@ -403,33 +272,24 @@ def main():
     options |= {"order": args.order} if args.order != "random" else {}
     options |= {"schedule": COSINE} if args.schedule == "cosine" else {}
 
-    if args.evaluate:
-        if domain.load is None:
-            raise ValueError(f"{domain.source.get('path')}: the data is no longer there to compare with")
-        sizes = (args.n, args.steps, args.temperature, args.seeds, args.batch_size)
-        results.everything(evaluate(folder, out, domain, device, *sizes, **options), domain, out)
-        return
-    arm = results.best([arm for arm, _ in files])
+    arm = best([arm for arm, _ in files])
     wanted = args.model or [path.stem for key, path in files.items() if key[0] == arm][:1]  # its first seed
     if missing := set(wanted) - {path.stem for path in files.values()}:
         raise ValueError(f"{folder}: no {', '.join(sorted(missing))}.npz there")
     files = {key: path for key, path in files.items() if path.stem in ["base", *wanted]}
     models = {
-        results.label(arm) + (f", seed {seed}" if seed else ""): model
+        label(arm) + (f", seed {seed}" if seed else ""): model
         for (arm, seed), model in load_models(files, domain, device).items()
     }
     length = args.length or domain.length
     if length > domain.length:
         raise ValueError(f"--length is {length}, expected at most the model's {domain.length}")
     canvas = canvas_of(args.prompt, domain, length).expand(args.n, length).to(device)
-    options["temperature"] = args.temperature[0]
-    how = (args.steps[0], args.seed, args.batch_size, args.watch, args.film)
+    options["temperature"] = args.temperature
+    how = (args.steps, args.seed, args.batch_size, args.watch, args.film)
     samples = show(models, domain, canvas, *how, **options)
     if args.save:
         save_samples(args.save, samples, domain)
-    for label, x in samples.items():
-        if domain.picture and not args.prompt:
-            print(domain.picture(x, f"{domain.name}-{label.lower().replace(' ', '-')}.png"))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ import data
 import sample as sample_py
 import scmdm
 import train as train_py
-from data import dna, golden, likelihood, measures, results, sudoku, terminal, variants
+from data import dna, golden, images, sudoku, terminal
 from scmdm import COSINE, LINEAR, Config, SelfConditioning, Transformer, add_self_conditioning, diffusion_loss
 from scmdm import load, q_sample, sample, sampler_bound, save, unmask_prob
 
@@ -346,22 +346,6 @@ def test_sampler_bound_is_exact(V, L, steps, signal, schedule):
     if signal and steps > 1:
         weight, cost = sampler_paths(vanilla, X, V, steps, schedule)
         assert ((found - cost @ weight).abs() > 1e-3).any(), "the signal must matter here"
-
-
-def test_the_likelihood_of_all_orders_is_exact():
-    """data.likelihood: the cost of each order is exact, of all orders -log p(x); fewer orders give more."""
-    X, denoiser = World(3, 3, 0).X, toy(3, 3, scale=1.0)
-    weight, cost = sampler_paths(denoiser, X, 3, 4)
-    u = torch.tensor(list(itertools.product([0.875, 0.625, 0.375, 0.125], repeat=3)))  # [64, L]
-    with replay(u.double().repeat(len(X), 1)):
-        found = likelihood.cost_of_an_order(denoiser, X.repeat_interleave(len(u), 0), 3, 4)
-    costs = found.view(len(X), -1).T  # [64, N]
-    assert torch.allclose(costs, cost.T, atol=1e-5)
-    exact = -((-cost).exp() @ weight).log()
-    bounds = [likelihood.of_m_orders(costs, m) for m in (1, 2, 8, 64)]
-    assert torch.allclose(bounds[0], cost @ weight, atol=1e-5)
-    assert torch.allclose(bounds[-1], exact, atol=1e-5)
-    assert all((fewer >= more - 1e-9).all() for fewer, more in zip(bounds, bounds[1:]))
 
 
 def test_rare_tokens_come_out_at_their_rate():
@@ -868,32 +852,6 @@ def test_passes_and_calls_are_drawn_evenly():
     ratio = (1 / (nearest - 1e-3) / L).log() / math.log(4)
     assert ratio.abs().max() <= 1 + 1e-6
     assert_fits(torch.histc(ratio.float(), 10, -1, 1), torch.ones(10) / 10)
-
-
-def test_variants_change_what_they_say():
-    """data/variants.py: its loss is diffusion_loss but for one choice; `learning` changes only gradients."""
-    model, x0 = tiny(adapted=True, length=12), torch.randint(5, (8, 12), generator=rng(0))
-    t = torch.rand(8).double()
-
-    def value_and_gradient(loss, **choice):
-        model.zero_grad()
-        values = loss(model, x0, 5, self_cond_rate=1.0, unroll=4, generator=rng(3), t=t, **choice)
-        values.sum().backward()
-        return values.detach(), model.self_conditioning.W.grad
-
-    value, gradient = value_and_gradient(diffusion_loss)
-    for choice in ({}, {"growing": (itertools.count(99), 100)}):
-        same = value_and_gradient(variants.loss, **choice)
-        assert torch.equal(same[0], value) and torch.equal(same[1], gradient), choice
-    learnt = value_and_gradient(variants.loss, learning=1)
-    assert torch.equal(learnt[0], value) and not torch.allclose(learnt[1], gradient)
-    for choice in ({"calls": 3}, {"growing": (itertools.count(), 100)}):
-        assert not torch.allclose(value_and_gradient(variants.loss, **choice)[0], value), choice
-    soft, plain = (kind(model.embed, 5) for kind in (variants.Softened, SelfConditioning))
-    soft.W.data = plain.W.data = torch.eye(16)
-    xt, signal = torch.full((1, 1), 5), lambda *p: torch.tensor([[[*p, 0, 0, 0]]])
-    assert torch.allclose(soft(xt, signal(0.2, 0.8)), plain(xt, signal(1 / 3, 2 / 3)))
-    assert torch.equal(soft(xt, signal(0.0, 0.0)), torch.zeros(1, 1, 16))
 
 
 @given(seeds, st.sampled_from([0.5, 1.0]), st.sampled_from([1, 4]))
@@ -1460,9 +1418,9 @@ def own(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     (folder / "novel.txt").write_text("a quick brown fox jumps over the lazy dog_\n" * 640)
     common = ["train.py", "--data", str(folder / "novel.txt"), "--length", "24", "--out", str(folder)]
-    adapt = "adapt --steps 3 --batch-size 4 -n 0 --rates 0 0.5 1 --unroll 1 3".split()
+    adapt = "adapt --steps 3 --batch-size 4 --no-table --rates 0 0.5 1 --unroll 1 3".split()
     with pytest.MonkeyPatch.context() as patch:
-        for words in (["pretrain", *SMALL], ["judge", *SMALL], adapt):
+        for words in (["pretrain", *SMALL], adapt):
             patch.setattr(sys, "argv", [*common, "--stage", *words])
             sample_py.run(train_py.main)
     return folder
@@ -1487,18 +1445,10 @@ def call(monkeypatch, capsys):
     return call
 
 
-def first_column(printed):
-    """The first column of the first table in what was printed, without its head."""
-    lines = [line for line in printed.split("\nbound: ")[0].splitlines() if " | " in line]
-    cells = [line.split(" | ")[0].strip() for line in lines]
-    assert cells[:2] == ["model", "-" * max(map(len, cells))]
-    return cells[2:]
-
-
 def test_own_text_end_to_end(own, call, monkeypatch, tmp_path):
-    """One's own text is trained on, adapted at every rate, sampled, infilled, filmed, saved and measured."""
+    """One's own text is trained on, adapted at every rate, sampled, infilled, filmed and saved."""
     arms = {"rate0", "rate0.5", "rate0.5-unroll3", "rate1", "rate1-unroll3"}
-    assert {f.stem for f in own.glob("*.npz")} >= {"base", "judge", *arms}
+    assert {f.stem for f in own.glob("*.npz")} >= {"base", *arms}
     use = functools.partial(call, sample_py, "--models", own, "--steps", 4)
     film, samples = tmp_path / "x.svg", tmp_path / "x.jsonl"
     out = use("--prompt", r"fox ____ dog\_", "-n", 3, "--save", samples, "--film", film)
@@ -1508,31 +1458,16 @@ def test_own_text_end_to_end(own, call, monkeypatch, tmp_path):
     assert all(text.startswith("fox ") and text[8:13] == " dog_" and len(text) == 24 for text in texts)
     out = use("--prompt", "fox ____ dog", "--length", 12, "-n", 1, "--model", "rate0.5", "--watch")
     assert "SCMDM rate 0.5" in out and "call 4" in out and "call 5" not in out
-    out = use("--evaluate", "-n", 4, "--temperature", 0.8, 1)
-    scmdm_arms = ["SCMDM rate 0.5", "SCMDM rate 0.5 unroll 3", "SCMDM (paper)", "SCMDM unroll 3"]
-    assert first_column(out) == ["real", "base", "control", *scmdm_arms]
-    rows = results.read_csv(own / "results.csv")
-    assert len(rows) == 1 + 6 * 2 + 4 * 3, "real data, each model at each temperature, three other signals"
-    assert all(row["gen. ppl"] > 1 for row in rows if "signal" not in row) and "another signal" in out
-    use("--evaluate", "-n", 4, "--order", "confidence")  # the bound is of random order
-    rows = [row for row in results.read_csv(own / "results.csv") if "sampler" in row]
-    assert len(rows) == 1 + 6 and all("gen. ppl" in row and "bound" not in row for row in rows)
     sizes = []
-    for name in ("sample", "sampler_bound"):
-        monkeypatch.setattr(sample_py, name, lambda f, x, *rest, of=getattr(sample_py, name), **more: (
-            sizes.append((of.__name__, len(x))), of(f, x, *rest, **more))[1])  # fmt: skip
-    use("--evaluate", "-n", 3, "--batch-size", 2)
-    assert set(sizes) == {("sample", 2), ("sample", 1), ("sampler_bound", 2), ("sampler_bound", 1)}
-    sizes.clear()
+    monkeypatch.setattr(sample_py, "sample", lambda f, x, *rest, of=sample_py.sample, **more: (
+        sizes.append((of.__name__, len(x))), of(f, x, *rest, **more))[1])  # fmt: skip
     use("-n", 3, "--batch-size", 2)
     assert sizes == [("sample", 2), ("sample", 1)] * 2
-    monkeypatch.setattr(sample_py, "generate", None)  # what is in the file is not measured again
-    assert use("--evaluate", "-n", 4, "--temperature", 0.8, 1) == out
 
 
 def test_nothing_finished_is_destroyed(own, call, tmp_path):
     """A finished model is never written over; --resume keeps it, if data, base and settings are the same."""
-    common = ["--data", own / "novel.txt", "--length", 24, "--out", own, "-n", 0, "--batch-size", 4]
+    common = ["--data", own / "novel.txt", "--length", 24, "--out", own, "--no-table", "--batch-size", 4]
     train = functools.partial(call, train_py, *common, "--rates", 1, "--unroll", 1, "--steps")
     before = (own / "rate1.npz").read_bytes()
     assert "rate1.npz is there already, or begun: --resume goes on" in train(3, status=2)
@@ -1551,44 +1486,15 @@ def test_nothing_finished_is_destroyed(own, call, tmp_path):
     assert "adapted from another base" in call(sample_py, "--models", tmp_path, status=2)
 
 
-def test_evaluate_measures_what_is_missing(own, call, monkeypatch, tmp_path):
-    """--evaluate measures anew what had no judge, takes no held-out row twice, leaves what is shipped."""
-    for name in ("base.npz", "rate1.npz"):
-        shutil.copy(own / name, tmp_path)
-    use = functools.partial(call, sample_py, "--models", tmp_path, "--evaluate", "--steps", 1, "-n")
-    assert "gen. ppl" not in use(2)
-    shutil.copy(own / "judge.npz", tmp_path)
-    assert "gen. ppl" in use(2)
-    use(57), use(130)  # 57 windows are held out to measure on
-    rows = results.read_csv(tmp_path / "results.csv")
-    halves = [row["half"] for row in rows if row["model"] == "rate1" and row["n"] > 2 and "signal" not in row]
-    assert halves[0] == halves[1]
-    assert "SCMDM (paper)" in call(likelihood, tmp_path, "--calls", 2, "-n", 2, "--orders", 1)
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path / "empty")
-    shipped = sample_py.SHIPPED / "sudoku" / "results.csv"
-    before = shipped.read_bytes()
-    call(sample_py, "--evaluate", "--steps", 1, "-n", 2)
-    assert shipped.read_bytes() == before and results.read_csv("results.csv")
-
-
 def test_the_main_job(call, monkeypatch, tmp_path):
-    """train.py alone pretrains on Sudoku, adapts, and ends with a table whose last row is the truth."""
-    small = dict(dim=16, depth=1, batch_size=4, steps=(3, 2), calls=[2, 3])
+    """train.py alone pretrains on Sudoku, adapts, and ends with samples; --seed adds to the file names."""
+    small = dict(dim=16, depth=1, batch_size=4, steps=(3, 2), calls=2)
     monkeypatch.setitem(train_py.DEFAULTS, "sudoku", train_py.DEFAULTS["sudoku"] | small)
-    out = call(train_py, "--out", tmp_path, "-n", 4)
-    table = out[out.index("model ") :].split("bound:")[0]
-    arms = ["base", "control", "SCMDM (paper)", "SCMDM unroll 16"]
-    assert first_column(table) == ["real", *arms, *arms, "the truth"]
-    lines = table.splitlines()
-    assert lines[-1].split(" | ")[2].strip() == "17.15" and max(map(len, lines)) <= 80
-    assert "sample.py --models" in out.splitlines()[-1]
-    measured = (tmp_path / "results.csv").read_text()
-    call(train_py, "--out", tmp_path, "-n", 4, "--resume")  # measures nothing again
-    assert (tmp_path / "results.csv").read_text() == measured
+    out = call(train_py, "--out", tmp_path)
+    assert re.search(r"^base +\| control +\| SCMDM \(paper\) +\| SCMDM unroll 16$", out, re.M)
+    assert "data.study.bench" in out.splitlines()[-1]
     one_seed = tmp_path / "one-seed"
-    out = call(train_py, "--out", one_seed, "-n", 4, "--seed", 1, "--rates", 1, "--unroll", 1)
-    assert first_column(out[out.index("model ") :])[1:3] == ["base", "SCMDM (paper)"]
+    out = call(train_py, "--out", one_seed, "--seed", 1, "--rates", 1, "--unroll", 1)
     assert re.search(r"^base +\| SCMDM \(paper\)$", out, re.M), "the samples at the end"
     assert "SCMDM (paper), seed 1" in call(sample_py, "--models", one_seed, "--steps", 2)
 
@@ -1613,19 +1519,16 @@ def test_own_sequences(kind, call, tmp_path):
     assert load(tmp_path / "base.npz").config.length == (8 if kind == "lines" else 7)
     use = functools.partial(call, sample_py, "--models", tmp_path)
     assert use("--prompt", prompt, "--steps", 3, "-n", 70).count("\n" + prompt.split("_")[0]) == 70
-    assert "real" in use("--evaluate", "-n", 2, "--steps", 2)
     path.unlink()
     use("--steps", 2)  # sampling needs no data
-    assert "the data is no longer there" in use("--evaluate", status=2)
 
 
 BAD_INPUT = {  # OWN is the folder of the fixture
     "train --steps 0": "argument --steps: 0 is not between 1 and inf",
     "train --rates 1.5": "argument --rates: 1.5 is not between 0 and 1",
-    "train --stage pretrain --seeds 2": "--seeds has no effect with --stage pretrain",
+    "train --stage pretrain --init x": "--init has no effect with --stage pretrain",
     "train --dim 8": "--dim has no effect with --stage adapt",
     "train --stage pretrain --unroll 4": "--unroll has no effect at rate 0",
-    "sample --evaluate --watch": "--watch, --film and --save do nothing",
     "train --stage pretrain --dim 30": "Config.dim is 30",
     "train --data missing.txt": "--data missing.txt: no such file",
     "train --data empty.txt": "0 tokens, expected at least",
@@ -1660,25 +1563,6 @@ def test_bad_input(command, own, call, tmp_path, monkeypatch):
     save("foreign/base.npz", tiny())
     script, *words = (word.replace("OWN", str(own)) for word in command.split())
     assert BAD_INPUT[command] in call({"train": train_py, "sample": sample_py}[script], *words, status=2)
-
-
-def test_what_sharpening_gives_for_free_is_taken_out():
-    """An arm is compared with base and control at its own entropy; outside their entropies not at all."""
-
-    def row(model, temperature, entropy, valid):
-        what = {"model": model, "calls": 4.0, "temperature": temperature}
-        return what | {"path entropy": entropy, "valid": valid}
-
-    rows = [row("base", 1.2, 30, 0.1), row("base", 1.0, 20, 0.2), row("base", 0.8, 10, 0.6)]
-    rows.append({"model": "real", "valid": 1})
-    rows += [row("rate1", 1.0, 14, 0.5), row("rate1", 1.0, 16, 0.7), row("rate1", 0.8, 9, 0.9)]
-    line = {"model": "SCMDM (paper)", "calls": "4", "temperature": 1.0}
-    line |= {"path entropy": "15.000", "valid": "0.6"}
-    base = line | {"the base's there": "0.4"}
-    assert results.at_equal("path entropy", rows, "valid") == [base]
-    assert results.at_equal("path entropy", rows[1:2] + rows[3:], "valid") == []
-    rows += [row("rate0", 1.0, 40, 0.1), row("rate0", 0.8, 5, 0.8)]
-    assert base | {"the control's there": "0.6"} in results.at_equal("path entropy", rows, "valid")
 
 
 def test_scripts_run_as_commands(own):
@@ -1741,38 +1625,6 @@ def test_genes(monkeypatch):
     assert "".join(dna.CODE[codon] for codon in codons) == "MWKF***"
 
 
-def test_measures():
-    """Entropy is each sequence's own, distinct-4 the share of different 4-grams, an interval Student's."""
-    x = np.array([[0, 0, 0, 0, 0, 0], [0, 1, 0, 1, 0, 1]])
-    assert measures.unigram_entropy(x) == pytest.approx(math.log(2) / 2)
-    assert measures.distinct(x) == pytest.approx(3 / 6)  # 0000, 0101, 1010
-    assert measures.mean_interval([2.0, 4.0]) == "3.000 ± 12.710"
-    assert measures.mean_interval([123.4]) == "123.4"
-    assert measures.paired([1, 2, 3], [0, 0, 0]) == pytest.approx((2, 4.30 / math.sqrt(3)))
-    rows = np.random.default_rng(0).standard_normal((500, 3))
-    assert measures.frechet(rows, rows) == pytest.approx(0, abs=1e-9)
-    assert measures.frechet(rows, rows + 2) == pytest.approx(12)
-    assert measures.jensen_shannon(np.array([1.0, 0]), np.array([0, 1.0])) == 1
-
-
-def test_a_judge_scores_by_the_chain_rule():
-    """A judge scores a sequence by the chain rule, each token given those before it, the first the mask."""
-    judge, tokens = tiny(causal=True), torch.randint(5, (3, 6), generator=rng(0))
-    shifted = np.concatenate((np.full((3, 1), 5), tokens.numpy()[:, :-1]), 1)
-    logits = torch.from_numpy(golden.forward(numpy_weights(judge), 2, shifted, causal=True))
-    expected = nll_of(logits, tokens).sum(1).float()
-    assert torch.allclose(sample_py.judge_nll(judge, tokens), expected, atol=1e-4)
-
-
-def test_predictive_entropy_is_of_what_was_drawn():
-    """generate() gives the mean entropy of the distributions that it drew from, temperature included."""
-    logits, canvas = torch.tensor([0.0, 1.0, 2.0]), torch.full((5, 4), 3)
-    for temperature in (1.0, 0.5):
-        x, entropy, _ = sample_py.generate(fixed(logits), canvas, 3, 6, 0, temperature=temperature, batch=2)
-        p = (logits / temperature).softmax(-1)
-        assert x.max() < 3 and entropy == pytest.approx(-(p * p.log()).sum().item(), rel=1e-5)
-
-
 def test_frames_show_what_is_decoded():
     """A frame ends with its sequence, marks what is masked, and gives a wide character two columns."""
     molecules, chinese = data.get("molecules"), data.Domain("c", ["你", "\t"], 3)
@@ -1786,6 +1638,14 @@ def test_frames_show_what_is_decoded():
     assert frame([c, M, M, n, E], [0, n, E, 0, 0]) == ["C··N  "]
     assert frame([c] * 7, [0] * 7, 3) == ["CCC", "CCC", "C  "]
     assert frame([0, 1, 0], [0] * 3, domain=chinese) == ["你 你 "]
+
+
+def test_distances_of_distributions():
+    """The Frechet distance of images and the Jensen-Shannon divergence of DNA, on numbers made by hand."""
+    rows = np.random.default_rng(0).standard_normal((500, 3))
+    assert images.frechet(rows, rows) == pytest.approx(0, abs=1e-9)
+    assert images.frechet(rows, rows + 2) == pytest.approx(12)
+    assert dna.jensen_shannon(np.array([1.0, 0]), np.array([0, 1.0])) == 1
 
 
 @pytest.mark.parametrize("name", data.NAMES)

@@ -1,9 +1,8 @@
-"""Train: the optimisation, and nothing else. The method is in scmdm.py, the measures are in data/.
+"""Train: the optimisation, and nothing else. The method is in scmdm.py, what measures in data/study/.
 
-    python train.py                       Sudoku from nothing: pretrain a base, adapt it, compare
-    python train.py --data text           adapt the text model that lies in data/models/, and compare
+    python train.py                       Sudoku from nothing: pretrain a base, adapt it
+    python train.py --data text           adapt the text model that lies in data/models/
     python train.py --stage pretrain      only the vanilla masked diffusion model that everything starts from
-    python train.py --stage judge         an autoregressive model, which generative perplexity needs
     torchrun --nproc_per_node=8 train.py  any of these over several GPUs: the same batches, the same model
 
 What a run makes lies in one folder, --out: base.npz and a file for each arm, that is, each way of training
@@ -30,28 +29,25 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import scmdm
-from data import results, windows
-from sample import Progress, clock, evaluate, fail, find_model, judge_nll, load_models, models_in, pick_device
-from sample import run, show
+from data import windows
+from sample import Progress, clock, fail, find_model, label, load_models, models_in, pick_device, run, show
 from scmdm import Config, Transformer, add_self_conditioning, diffusion_loss, load, masked_nll, save
 from scmdm import without_mask
 
 # How each domain is trained by default; a file of your own is trained like text. Every flag below overrides.
 # steps: of pretraining, of adaptation; unroll: the most passes that make a signal; lr: the peak learning rate
-# of the arms that get one; calls, n: denoiser calls and sequences in the table.
-COMMON = dict(dim=128, depth=4, heads=4, batch_size=32, unroll=8, lr=1e-3, calls=[64], n=256)
+# of the arms that get one; calls: denoiser calls of the samples at the end.
+COMMON = dict(dim=128, depth=4, heads=4, batch_size=32, unroll=8, lr=1e-3, calls=64)
 DEFAULTS = {
-    "sudoku": COMMON | dict(dim=64, depth=3, steps=(4000, 700), unroll=16, lr=2e-3, calls=[36, 144], n=128),
-    "text": COMMON | dict(steps=(12000, 1000), n=128),
-    "molecules": COMMON | dict(steps=(8000, 1000), batch_size=128, calls=[32], n=1000),
+    "sudoku": COMMON | dict(dim=64, depth=3, steps=(4000, 700), unroll=16, lr=2e-3, calls=144),
+    "text": COMMON | dict(steps=(12000, 1000)),
+    "molecules": COMMON | dict(steps=(8000, 1000), batch_size=128, calls=32),
     "images": COMMON | dict(steps=(4000, 750)),
     "dna": COMMON | dict(steps=(3000, 1000)),
 }
-JUDGE_STEPS = 4000  # a causal model learns from every position at once, and needs fewer
 STATE_EVERY = 60  # seconds: kill -9 loses at most this much
 LR = {  # peak learning rates of models from nothing, and of the control
     "pretrain": 2e-3,  # small models like large steps
-    "judge": 2e-3,
     "control": 5e-4,  # training on without a signal: what is large for the base undoes it
 }
 
@@ -69,7 +65,7 @@ def parse():  # fmt: off
     lrs = ", ".join(f"{lr:g} for {of}" for of, lr in LR.items())
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = p.add_argument
-    a("--stage", choices=("pretrain", "adapt", "judge"), default="adapt",
+    a("--stage", choices=("pretrain", "adapt"), default="adapt",
       help="default: adapt, which pretrains a base first where there is none")
     a("--data", default="sudoku", help=f"{', '.join(data.NAMES)}, or your own text or .npy of integers")
     a("--lines", action="store_true", help="your file is one sequence per line, not one long text")
@@ -82,31 +78,27 @@ def parse():  # fmt: off
       help="adapt: rates of self-conditioning, an arm for each (default: 0 1); pretrain: one (0)")
     a("--unroll", type=positive, nargs="+", metavar="K",
       help="most passes that make the signal, an arm for each; 1: the paper's recipe (default: 1 16, or 1 8)")
-    a("--long-control", action="store_true", help="adapt: train rate 0 for as much time as the largest K too")
     a("--steps", type=positive, help="optimiser steps; with adapt, of each arm")
     a("--batch-size", type=positive, help="sequences per step, over all processes")
     a("--lr", type=number(float, 1e-9),
       help=f"peak learning rate (default: {lrs}; with a signal 1e-3, Sudoku 2e-3)")
     a("--weight-decay", type=number(float, 0), default=0.05, help="of the matrices (default: 0.05)")
-    a("--dim", type=positive, help="pretrain, judge: width of the model")
-    a("--depth", type=positive, help="pretrain, judge: blocks")
-    a("--heads", type=positive, help="pretrain, judge: attention heads (default: 4)")
+    a("--dim", type=positive, help="pretrain: width of the model")
+    a("--depth", type=positive, help="pretrain: blocks")
+    a("--heads", type=positive, help="pretrain: attention heads (default: 4)")
     a("--seed", type=number(int, 0, 2**31 - 1), default=0, help="of weights, batches and noise (default: 0)")
-    a("--seeds", type=positive, help="adapt: number of seeds to train each arm with (default: 1)")
     a("--device", default="auto", help="auto, cpu, cuda or mps (default: auto, the fastest there is)")
     a("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrix products")
     a("--compile", action="store_true", help="torch.compile: slow to start, then faster; needs a compiler")
-    a("-n", type=number(int, 0), help="adapt: sequences in the table, for each seed; 0: no table")
-    a("--eval-steps", type=positive, nargs="+", help="adapt: denoiser calls in the table")
+    a("--no-table", action="store_true", help="adapt: no samples at the end")
     args = p.parse_args()
     given = {flag for flag, value in vars(args).items() if value is not None and value is not False}
     without_effect = {
-        "pretrain": {"init", "long_control", "seeds", "n", "eval_steps"},
-        "judge": {"init", "rates", "unroll", "long_control", "seeds", "n", "eval_steps"},
+        "pretrain": {"init", "no_table"},
         "adapt": {"dim", "depth", "heads"},
     }
     for flag in sorted(given & without_effect[args.stage]):
-        name = "-n" if flag == "n" else "--" + flag.replace("_", "-")
+        name = "--" + flag.replace("_", "-")
         hint = ", which takes a base as it is: first --stage pretrain" if args.stage == "adapt" else ""
         p.error(f"{name} has no effect with --stage {args.stage}{hint}")
     if args.stage == "pretrain" and max(len(args.rates or []), len(args.unroll or [])) > 1:
@@ -114,7 +106,7 @@ def parse():  # fmt: off
     if args.unroll and not any(args.rates or [args.stage == "adapt"]):
         p.error("--unroll has no effect at rate 0")
     args.default = DEFAULTS.get(args.data, DEFAULTS["text"])
-    for name in ("dim", "depth", "heads", "batch_size", "n"):
+    for name in ("dim", "depth", "heads", "batch_size"):
         if getattr(args, name) is None:
             setattr(args, name, args.default[name])
     return args
@@ -273,17 +265,15 @@ def same_run(path, found, what):
 
 @torch.no_grad()
 def validate(model, val, draws=8):
-    """Nats per token of val [N, L]: of a judge the cross-entropy, else the NELBO, of two passes if adapted.
+    """Nats per token of val [N, L]: the NELBO, of two passes if adapted.
 
-    For the NELBO exactly k of the L positions are masked, k = 1..L in turn, which has less noise than a
+    Exactly k of the L positions are masked, k = 1..L in turn, which has less noise than a
     random time: the chance that k are masked at t, times the weight 1/t, is 1/k when integrated over t. All
     models get the same masks.
     """
     device, (N, L), losses = next(model.parameters()).device, val.shape, []
     generator = torch.Generator(device).manual_seed(0)
     rows = torch.from_numpy(val.astype(np.int64)).to(device)  # [N, L]
-    if model.config.causal:
-        return torch.cat([judge_nll(model, x0) for x0 in rows.split(64)]).mean().item() / L
     for draw in range(draws):
         ks = 1 + (torch.arange(N, device=device) * draws + draw) % L  # [N]
         for x0, k in zip(rows.split(64), ks.split(64)):
@@ -312,8 +302,6 @@ def arms_of(args):
     for rate in args.rates or [0, 1]:
         for K in chains if rate else [1]:
             arms.append((f"rate{rate:g}" + (f"-unroll{K}" if K > 1 else ""), rate, K, steps))
-    if args.long_control:  # of the cost of a step, forward is 1, backward 2, and the signal (K + 1) / 2 more
-        arms.insert(0, ("rate0-long", 0, 1, round(steps * (3 + (max(chains) + 1) / 2) / 3)))
     return arms
 
 
@@ -363,11 +351,6 @@ def main():
         return Transformer(Config(*sizes, positions=train.ndim == 2, **kind))
 
     shape = {"shape": [args.dim, args.depth, args.heads]}
-    if args.stage == "judge":
-        steps, lr = args.steps or JUDGE_STEPS, args.lr or LR["judge"]
-        causal_loss = lambda model, x0, generator: judge_nll(model, x0)  # noqa: E731
-        train_as("judge", new(causal=True), causal_loss, steps, lr, args.seed, **shape)
-        return
     if args.stage == "pretrain":
         (name, rate, K, steps), lr = arms_of(args)[0], args.lr or LR["pretrain"]
         model, made_from = new(self_conditioning=rate > 0), {"rate": rate, "unroll": K} | shape
@@ -384,7 +367,7 @@ def main():
         path = ours
     base, crc = load(path, device), zlib.crc32(Path(path).read_bytes())
     if base.config.self_conditioning or base.config.causal:
-        fail(f"{path}: not a base, but a model that is adapted already, or a judge")
+        fail(f"{path}: not a base, but a model that is adapted already, or a causal one")
     if base.info.get("vocab") != domain.vocab or base.config.length != domain.length:
         lengths = f"length {base.config.length} where {domain.length} is expected"
         fail(f"{path}: a base of other tokens than {args.data}, or of another length ({lengths})")
@@ -397,24 +380,20 @@ def main():
         if zlib.crc32(ours.read_bytes()) != crc:
             fail(f"--init {path}: {ours} is another base, expected an --out without one")
 
-    # --- then each arm from that base, for each seed ---
-    for seed in range(args.seed, args.seed + (args.seeds or 1)):
-        for name, rate, K, steps in arms_of(args):
-            name += f"-seed{seed}" if seed else ""
-            model = add_self_conditioning(base) if rate else copy.deepcopy(base)
-            lr = args.lr or (args.default["lr"] if rate else LR["control"])
-            train_as(name, model, diffusion_at(rate, K), steps, lr, seed, rate=rate, unroll=K, base=crc)
+    # --- then each arm from that base ---
+    for name, rate, K, steps in arms_of(args):
+        name += f"-seed{args.seed}" if args.seed else ""
+        model = add_self_conditioning(base) if rate else copy.deepcopy(base)
+        lr = args.lr or (args.default["lr"] if rate else LR["control"])
+        train_as(name, model, diffusion_at(rate, K), steps, lr, args.seed, rate=rate, unroll=K, base=crc)
 
-    # --- and the table of all that lies in OUT ---
-    if rank == 0 and args.n:
-        calls = sorted(set(args.eval_steps or args.default["calls"]))
+    # --- and a sample of all that lies in OUT ---
+    if rank == 0 and not args.no_table:
         models = load_models(models_in(out), domain, device)
-        shown = {results.label(arm): model for (arm, seed), model in models.items() if seed in (0, args.seed)}
+        shown = {label(arm): model for (arm, seed), model in models.items() if seed in (0, args.seed)}
         canvas = torch.full((1, domain.length), len(domain.vocab), device=device)
-        rows = evaluate(out, out, domain, device, args.n, calls)
-        show(shown, domain, canvas, max(calls), args.seed)
-        results.everything(rows, domain, out)
-        print(f"\nIn all {clock(time.time() - began)}. Watch it: python sample.py --models {out} --watch")
+        show(shown, domain, canvas, args.default["calls"], args.seed)
+        print(f"\nIn all {clock(time.time() - began)}. Measure it: python -m data.study.bench {out}")
 
 
 if __name__ == "__main__":

@@ -21,14 +21,13 @@ class Domain:
     length: int  # tokens in a sequence
     load: Callable | None = None  # () -> (train, val), streams [N] or rows [N, L]; None: no data at hand
     score: Callable = lambda samples, reference: {}  # tokens [N, L], real ones [M, L] -> {measure: value}
-    quality: str = "unigram entropy"  # the measure that tables and figures show where there is no judge
+    quality: str = "unigram entropy"  # the measure that tables and figures show where there is no scoring model
     end: str | None = None  # the token that closes and pads a sequence, predicted like any other
     join: str = ""  # written between tokens; " " for tokens that are words or numbers
     cell: Callable | None = None  # token id -> how a terminal shows it; None: as it is written
     row: int | None = None  # tokens in each line of a picture or grid; None: flowing text
-    picture: Callable | None = None  # samples [N, L], path -> one line that says what was written
+    grey: bool = False  # tokens are levels of grey, from black to white
     wrong: Callable | None = None  # tokens [N, L] -> bool [N, L]: the positions that break a rule
-    given: float = 0.0  # share of a held-out sequence to hand over as a prompt, for a second measure; 0: none
     entropy: float | None = None  # of the data, exactly, nats per sequence, where it is known
     source: dict = field(default_factory=dict)  # of a user's file: "path", "lines", "vocab"
 

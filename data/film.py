@@ -56,7 +56,7 @@ def look(x, guess, wrong, domain):
         token = best if state == "guess" else token
         word = domain.vocab[token]
         ended = ended or (state != "guess" and word == domain.end)
-        if domain.row and domain.picture:  # an image: tokens are levels of grey
+        if domain.grey:
             level = token / (len(domain.vocab) - 1)
             mix = (round(a + (b - a) * level) for a, b in zip(*SHADES[state]))
             yield "#{:02x}{:02x}{:02x}".format(*mix), "", ""

@@ -1,18 +1,12 @@
-"""Images: Fashion-MNIST, 14 x 14 pixels of 16 grey levels, a pixel a token. Source: data/README.md.
-
-    python -m data.images      train the small classifier again in whose features images are compared
-"""
+"""Images: Fashion-MNIST, 14 x 14 pixels of 16 grey levels, a pixel a token. Source: data/README.md."""
 
 import lzma
-import struct
-import zlib
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from data import Domain
-from data.measures import frechet
 
 FILE = Path(__file__).with_name("images.xz")
 CLASSIFIER = Path(__file__).with_name("images_classifier.npz")
@@ -30,7 +24,7 @@ def domain():
         quality="Frechet",
         cell=lambda token: SHADES[token] * 2,  # two characters, which are about as wide as high
         row=SIDE,
-        picture=picture,
+        grey=True,
     )
 
 
@@ -47,7 +41,7 @@ def load():
     return images[:20000], images[20000:]
 
 
-# --- the Frechet distance, in the features of a small classifier ---
+# --- the Frechet distance, in the features of a small classifier (data/study/train_classifier.py) ---
 
 
 def features(images, weights):
@@ -64,6 +58,16 @@ def classifier():
         return {name: file[name].astype(np.float64) for name in file.files}
 
 
+def frechet(a, b):
+    """Frechet distance of two sets of features [N, F], [M, F], each taken for a Gaussian:
+    |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), A and B their covariances."""
+    A, B = np.cov(a.T), np.cov(b.T)
+    values, vectors = np.linalg.eigh(A)
+    root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T  # A^(1/2)
+    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ B @ root), 0)).sum()  # tr (A B)^(1/2)
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A) + np.trace(B) - 2 * cross)
+
+
 def score(samples, reference):
     """{measure: value} of samples [N, 196] against reference [M, 196], real images.
 
@@ -75,47 +79,3 @@ def score(samples, reference):
     p = np.exp(z - z.max(1, keepdims=True))
     sure = float((p / p.sum(1, keepdims=True)).max(1).mean())
     return {"Frechet": frechet(features(samples, w), features(reference, w)), "sure": sure}
-
-
-def picture(samples, path):
-    """Write samples [N, 196] as a PNG, ten a row, each pixel 4 x 4. Returns a line that says so."""
-    across, size = min(10, len(samples)), SIDE + 1
-    down = -(-len(samples) // across)
-    grid = np.full((down * size, across * size), 8, dtype=np.uint8)  # grey lines between the images
-    for i, image in enumerate(samples):
-        y, x = i // across * size, i % across * size
-        grid[y : y + SIDE, x : x + SIDE] = image.reshape(SIDE, SIDE)
-    pixels = (grid * 17).repeat(4, 0).repeat(4, 1)
-
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    head = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 8, 0, 0, 0, 0)  # 8-bit grey
-    body = zlib.compress(np.pad(pixels, ((0, 0), (1, 0))).tobytes())  # a line begins with its filter, 0: none
-    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
-    Path(path).write_bytes(png)
-    return f"wrote {len(samples)} images: {path}"
-
-
-if __name__ == "__main__":
-    import torch
-
-    torch.manual_seed(0)
-    images, labels = (torch.from_numpy(a.copy()) for a in read())
-    x, y = images.float() / 15, labels.long()
-    sizes = (196, 256, 64, 10)
-    layers = [torch.nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])]
-    relu, dropout = torch.nn.ReLU(), torch.nn.Dropout(0.3)
-    model = torch.nn.Sequential(layers[0], relu, layers[1], relu, dropout, layers[2])
-    optimiser = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05)
-    for epoch in range(20):
-        for rows in torch.randperm(20000).split(128):
-            loss = torch.nn.functional.cross_entropy(model(x[rows]), y[rows])
-            optimiser.zero_grad(), loss.backward(), optimiser.step()
-    accuracy = (model.eval()(x[20000:]).argmax(1) == y[20000:]).float().mean().item()
-    arrays = {}
-    for i, layer in enumerate(layers, 1):
-        arrays[f"w{i}"] = layer.weight.detach().T.numpy().astype(np.float16)
-        arrays[f"b{i}"] = layer.bias.detach().numpy().astype(np.float16)
-    np.savez(CLASSIFIER, **arrays)
-    print(f"wrote {CLASSIFIER}: {accuracy:.1%} of the test images classified as they should be")

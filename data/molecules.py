@@ -18,7 +18,7 @@ END = "<end>"
 def domain():
     vocab = [*"#()+-12345=CFHNO[]", END]
     length = 32  # the longest has 28 characters
-    return Domain("molecules", vocab, length, load, score, "valid", end=END, picture=picture)
+    return Domain("molecules", vocab, length, load, score, "valid", end=END)
 
 
 @cache
@@ -91,17 +91,3 @@ def score(samples, reference):
             "all": len(novel) / len(strings),
         }
     return values
-
-
-def picture(samples, path):
-    """Draw the valid ones of samples [N, 32] as a grid, if RDKit is there. Returns a line that says so."""
-    if not rdkit():
-        return "no picture: drawing molecules needs RDKit"
-    from rdkit.Chem.Draw import MolsToGridImage
-
-    strings = [s for s in map(domain().decode, samples[:40]) if canonical(s)]
-    if not strings:
-        return "no picture: none of them is a molecule"
-    molecules = [rdkit().MolFromSmiles(s) for s in strings]
-    MolsToGridImage(molecules, molsPerRow=8, subImgSize=(160, 130), legends=strings).save(path)
-    return f"drew {len(strings)} molecules of the first {min(40, len(samples))}: {path}"

@@ -30,7 +30,6 @@ def domain():
         cell=lambda token: "123456"[token] + " ",  # two characters, which are about as wide as high
         row=6,
         wrong=wrong,
-        given=0.4,
         entropy=math.log(28_200_960),
     )
 

@@ -1,10 +1,10 @@
-"""When does it help? Every run behind the section of that name in data/README.md, as a list.
+"""When does it help? Every run behind the section of that name in data/study/README.md, as a list.
 
-    python -m data.study                train and measure whatever is missing, then print the tables
-    python -m data.study depth1 small   only these runs; two halves of the list can run at the same time
+    python -m data.study.runs                train and measure whatever is missing, then print the tables
+    python -m data.study.runs depth1 small   only these runs; two halves of the list can run at the same time
 
-A run is a folder in runs/study/, made by train.py and sample.py as a user would call them, so that each goes
-on where it was stopped. The measured rows are gathered in data/study.csv.
+A run is a folder in runs/study/, made by train.py and the bench as a user would call them, so that each goes
+on where it was stopped. The measured rows are gathered in data/study/study.csv.
 """
 
 import csv
@@ -18,24 +18,27 @@ from pathlib import Path
 
 import numpy as np
 
-from data import results, sudoku
-from data.variants import VARIANTS
+from data import sudoku
+from data.study import results
+from data.study.variants import VARIANTS
+from sample import label
 
-SHIPPED, FOLDER, TABLE = Path("data/models/sudoku"), Path("runs/study"), Path("data/study.csv")
+SHIPPED, FOLDER, TABLE = Path("data/models/sudoku"), Path("runs/study"), Path("data/study/study.csv")
 
-SHORT = f"-n 0 --init {SHIPPED}/base.npz --steps 2000"  # from the shipped base: 3 blocks, 4,000 steps
-OWN = "-n 0 --steps 2000 --unroll 16"  # from the base of the same folder
+SHORT = f"--no-table --init {SHIPPED}/base.npz --steps 2000"  # from the shipped base: 3 blocks, 4,000 steps
+OWN = "--no-table --steps 2000 --unroll 16"  # from the base of the same folder
 GRIDS4 = f"--data {FOLDER}/grids4.npy"
 SUREST = "36 --order confidence"  # the surest cells first
 TEXT, TINY = "--data text --compile", "--dim 64 --depth 3"
 # name: (what train.py is called with, one call after another; denoiser calls, and again in another order).
+# --seeds N at the end: with each of N seeds.
 # Without a flag for it, an arm for the control is trained too, with its own learning rate, 5e-4 for 2e-3.
 RUNS = {
     "calls": ([], "6 12 18 36 72 144 288"),  # the shipped models
     "confidence": ([], "12 18 36 72 144 --order confidence"),  # the same
     "chains": ([f"{SHORT} --unroll 1 2 4 8 16 32"], "36 144"),
     "half": ([f"{SHORT} --rates .5 --unroll 1 16", "--stage pretrain --rates .5 --steps 6000"], "36 144"),
-    "long": ([f"{SHORT} --rates 0 --long-control"], "36 144"),
+    "long": ([f"{SHORT} --rates 0"], "36 144"),  # and rate0-long, below
     "lr2e-4": ([f"{SHORT} --rates 0 --lr 2e-4"], "36 144"),
     "lr1e-3": ([f"{SHORT} --unroll 1 16 --lr 1e-3"], "36 144"),
     "lr4e-3": ([f"{SHORT} --rates 1 --unroll 1 16 --lr 4e-3"], "36 144"),
@@ -53,8 +56,8 @@ RUNS = {
     "softened": ([f"{SHORT} --rates 1 --unroll 1", f"{SHORT} --rates 1 --unroll 16 --seeds 3"], "36 144"),
     **dict.fromkeys(VARIANTS.keys() - {"softened"}, ([f"{SHORT} --rates 1 --unroll 16"], "36 144")),
     "small": ([f"{GRIDS4} --stage pretrain --dim 32 --depth 1 --steps 2000",
-               f"{GRIDS4} -n 0 --steps 2000 --unroll 1 16"], "16 64"),
-    "text": ([f"{TEXT} --stage pretrain {TINY} --steps 3000", f"{TEXT} -n 0 --rates 0 .5 1 --unroll 1",
+               f"{GRIDS4} --no-table --steps 2000 --unroll 1 16"], "16 64"),
+    "text": ([f"{TEXT} --stage pretrain {TINY} --steps 3000", f"{TEXT} --no-table --rates 0 .5 1 --unroll 1",
               f"{TEXT} --stage pretrain {TINY} --rates .5 --steps 4000"], "16 64"),
     "text4000": ([f"{TEXT} --stage pretrain {TINY} --steps 4000"], "16 64"),
 }  # fmt: skip
@@ -74,11 +77,16 @@ def make(name):
     if name in ("calls", "confidence", "cosine"):
         for arm in ("base", "rate0", "rate1", "rate1-unroll16"):
             shutil.copy(SHIPPED / f"{arm}.npz", out)
-    script = ["-m", "data.variants", name] if name in VARIANTS else []
+    script = ["-m", "data.study.variants", name] if name in VARIANTS else []
     for flags in trainings:
-        python(*script, "train.py", *flags.split(), "--out", out, "--resume")
+        flags, _, seeds = flags.partition(" --seeds ")
+        for seed in range(int(seeds or 1)):
+            more = ["--seed", seed, "--out", out, "--resume"]
+            python(*script, "train.py", *flags.split(), *more)
+    if name == "long":
+        long_control(out)
     for calls in evaluations:
-        python(*script, "sample.py", "--models", out, "--evaluate", "-n", 256, "--steps", *calls.split())
+        python(*script or ["-m"], "data.study.bench", out, "-n", 256, "--steps", *calls.split())
     rows = [{"run": name} | row for row in results.read_csv(out / "results.csv")]
     for row in rows:
         if name == "small" and row["model"] != "real" and not row.get("signal"):
@@ -92,6 +100,15 @@ def make(name):
         writer = csv.DictWriter(file, dict.fromkeys(key for row in kept + rows for key in row))
         writer.writeheader()
         writer.writerows(kept + rows)
+
+
+def long_control(out, steps=2000, unroll=16):
+    """rate0-long: the control, trained for as much time as `steps` of this unroll take."""
+    # of the cost of a step, forward is 1, backward 2, and the signal (K + 1) / 2 more
+    steps = round(steps * (3 + (unroll + 1) / 2) / 3)
+    folder = out / "long"
+    python("train.py", *SHORT.split(), "--rates", 0, "--steps", steps, "--out", folder, "--resume")
+    shutil.copy(folder / "rate0.npz", out / "rate0-long.npz")
 
 
 def grids4():
@@ -124,7 +141,7 @@ def count(folder, row):
     valid: the mass on them. -log p: its mean over them, which the bound is above, in nats. entropy of the
     grids: of the distribution within them; ln 288 = 5.663 if all are as likely.
     """
-    samples = drawn(folder, row["calls"], 20_000)[results.label(row["model"])]
+    samples = drawn(folder, row["calls"], 20_000)[label(row["model"])]
     x, grids = np.array([text.split() for text in samples], dtype=int), grids4()  # [N, 16], [288, 16]
     code = 4 ** np.arange(16)  # a grid as one number
     counts = (np.sort(grids @ code)[:, None] == x @ code).sum(1)  # [288]
@@ -137,7 +154,7 @@ def count(folder, row):
 def coincide(folder, row, order="random"):
     """How often two valid grids of 6 x 6 are the same, digits aside, over how often they would be if all
     39,168 were as likely: 1 for a sampler that has no favourites, 2 for one that draws from half of them."""
-    samples = drawn(folder, row["calls"], 2000, order)[results.label(row["model"])]
+    samples = drawn(folder, row["calls"], 2000, order)[label(row["model"])]
     x = np.array([list(text) for text in samples], dtype=int) - 1  # [N, 36]
     x = x[~sudoku.wrong(x).any(1)]
     _, counts = np.unique(np.take_along_axis(np.argsort(x[:, :6], 1), x, 1), axis=0, return_counts=True)
@@ -150,7 +167,7 @@ def show():
     for row in results.read_csv(TABLE):
         if row["model"] == "real" or row.get("signal"):
             continue
-        line = {"run": f"{row['run']} {row.get('sampler', '')}", "model": results.label(row["model"])}
+        line = {"run": f"{row['run']} {row.get('sampler', '')}", "model": label(row["model"])}
         line |= {"seed": f"{row['seed']:g}", "calls": f"{row['calls']:g}"}
         line["bound"] = f"{row['bound']:.3f}" if "bound" in row else ""
         if "bound" in row and row["model"] != "base":

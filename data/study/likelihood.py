@@ -1,6 +1,6 @@
 """How loose is the sampler's bound? -log p itself, approached from above by many orders of revealing.
 
-    python -m data.likelihood data/models/sudoku --calls 144
+    python -m data.study.likelihood data/models/sudoku --calls 144
 
 Given the order in which the positions are revealed, the chain rule gives p(x0 | order) exactly, and p(x0) is
 its mean over orders. `sampler_bound` is the mean of -log p(x0 | order), which is above -log p(x0) by Jensen's
@@ -17,9 +17,10 @@ import torch
 
 import data
 import scmdm
-from data import measures, results, windows
-from sample import Progress, load_models, models_in, pick_device, run
-from scmdm import load, mask_tokens, masked_nll, without_mask
+from data import windows
+from data.study import measures, results
+from sample import Progress, label, load_models, models_in, pick_device, run
+from scmdm import load, masked_nll, q_sample, without_mask
 
 
 @torch.no_grad()
@@ -28,8 +29,8 @@ def cost_of_an_order(denoiser, x0, mask_id, steps, generator=None):
     u = scmdm.uniform(x0.shape, x0.device, generator)  # [B, L]: a position is revealed when t falls to its u
     cost, x0_prev = 0, None
     for step in range(steps):
-        xt = mask_tokens(x0, u, 1 - step / steps, mask_id)
-        revealed = (xt == mask_id) & (mask_tokens(x0, u, 1 - (step + 1) / steps, mask_id) != mask_id)
+        xt = q_sample(x0, 1 - step / steps, mask_id, u=u)
+        revealed = (xt == mask_id) & (q_sample(x0, 1 - (step + 1) / steps, mask_id, u=u) != mask_id)
         logits = denoiser(xt, x0_prev)  # [B, L, V]
         cost = cost + masked_nll(logits, x0, revealed, mask_id)
         x0_prev = without_mask(logits, mask_id).softmax(-1)
@@ -65,8 +66,8 @@ def main():
             difference, half = measures.paired(values, base.setdefault(m, values))
             row = {"model": arm, "seed": seed, "calls": args.calls, "n": args.n, "orders": m}
             row |= {"-log p": values.mean(), "minus base": difference, "half": half}
-            results.append_csv(args.folder / "likelihood.csv", row)
-            line = {"model": results.label(arm), "seed": seed, "orders": m, "-log p": f"{values.mean():.3f}"}
+            results.append_csv(results.folder_for(args.folder) / "likelihood.csv", row)
+            line = {"model": label(arm), "seed": seed, "orders": m, "-log p": f"{values.mean():.3f}"}
             table.append(line | {"minus base": f"{difference:+.3f} ± {half:.3f}" if arm != "base" else ""})
             m *= 4
     results.print_table(table)

@@ -1,4 +1,4 @@
-"""What samples are measured by. No models: a judge is a function."""
+"""What samples are measured by. No models: a scoring model is a function."""
 
 import math
 import statistics
@@ -25,28 +25,11 @@ def distinct(x, n=4):
     return len(np.unique(grams, axis=0)) / len(grams)
 
 
-def jensen_shannon(p, q):
-    """Jensen-Shannon divergence of two distributions, in bits: 0 for equal, 1 for disjoint."""
-    m = (p + q) / 2
-    kl = [(a * np.log2(np.where(a > 0, a, 1) / np.where(m > 0, m, 1))).sum() for a in (p, q)]
-    return float(sum(kl) / 2)
-
-
-def frechet(a, b):
-    """Frechet distance of two sets of features [N, F], [M, F], each taken for a Gaussian:
-    |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), A and B their covariances."""
-    A, B = np.cov(a.T), np.cov(b.T)
-    values, vectors = np.linalg.eigh(A)
-    root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T  # A^(1/2)
-    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ B @ root), 0)).sum()  # tr (A B)^(1/2)
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A) + np.trace(B) - 2 * cross)
-
-
-def measure(domain, x, reference, judge=None):
-    """{measure: value} of sequences x [N, L]; reference [M, L] is real; judge: x -> -log p(x), nats [N]."""
+def measure(domain, x, reference, scoring=None):
+    """{measure: value} of sequences x [N, L]; reference [M, L] is real; scoring: x -> -log p(x), nats [N]."""
     values = {}
-    if judge:  # the cap: an untrained judge can be more surprised than a float holds
-        values["gen. ppl"] = math.exp(min(float(np.mean(judge(x))) / x.shape[1], 700))
+    if scoring:  # the cap: an untrained one can be more surprised than a float holds
+        values["gen. ppl"] = math.exp(min(float(np.mean(scoring(x))) / x.shape[1], 700))
     if domain.row is None:  # in a picture or grid, neighbours in the sequence are not n-grams
         values |= {"unigram entropy": unigram_entropy(x), "distinct-4": distinct(x)}
     return values | domain.score(x, reference)

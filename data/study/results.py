@@ -5,31 +5,21 @@ from pathlib import Path
 
 import numpy as np
 
-from data.measures import mean_interval
+from data.study.measures import mean_interval
+from sample import SHIPPED, best, label
 
-NAMES = {  # what a reader calls the parts of a model's file name, replaced in this order
-    "scratch-rate0.": "scratch, rate 0.",
-    "scratch-rate1": "scratch, rate 1",
-    "rate0.": "SCMDM rate 0.",
-    "rate0-long": "control, as long",
-    "rate0": "control",
-    "rate1-unroll": "SCMDM unroll ",
-    "rate1": "SCMDM (paper)",
-    "-unroll": " unroll ",
-}
+STUDY = Path(__file__).parent
 
 
-def label(model):
-    for part, words in NAMES.items():
-        model = model.replace(part, words)
-    return model
+def folder_for(models):
+    """The folder for the results of a folder of models: it, but the current one for the shipped models."""
+    models = Path(models)
+    return Path() if SHIPPED.resolve() in models.resolve().parents else models
 
 
-def best(arms):
-    """The arm to show beside the base: of rate 1, the longest chain; None if there is no arm."""
-    chain = lambda arm: int(arm.partition("-unroll")[2] or 1)  # noqa: E731
-    arms = [arm for arm in arms if arm.startswith("rate")]
-    return max(arms, key=lambda arm: (arm.startswith("rate1"), chain(arm), arm), default=None)
+def shipped(name):
+    """The results file of a domain's shipped models."""
+    return STUDY / "results" / name / "results.csv"
 
 
 # --- the file ---
@@ -246,7 +236,7 @@ def at_equal(measure, rows, quality):
 
 def everything(rows, domain, folder):
     """Draw both figures in the folder, and print the table and the sentence. What is shown of the samples is
-    generative perplexity if there was a judge, else the domain's quality (without RDKit: closed)."""
+    generative perplexity if there was a scoring model, else the domain's quality (without RDKit: closed)."""
     known = ("gen. ppl", domain.quality, "closed", "unigram entropy")
     quality = next(name for name in known if name in rows[0])
     figures = [plot_frontier(rows, quality, Path(folder) / "frontier.png")]
@@ -260,7 +250,7 @@ def everything(rows, domain, folder):
             print_table(table)
 
 
-if __name__ == "__main__":  # python -m data.results FOLDER DOMAIN: its table and figures
+if __name__ == "__main__":  # python -m data.study.results FOLDER DOMAIN: its table and figures
     import sys
 
     from data import get

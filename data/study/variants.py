@@ -1,7 +1,7 @@
 """Other ways to make the signal, tried on Sudoku beside `unroll`. None is better enough to be kept
-(data/README.md).
+(data/study/README.md).
 
-    python -m data.variants gradient train.py ...    train.py, or sample.py, with another signal
+    python -m data.study.variants gradient train.py ...    train.py, or data.study.bench, with another signal
 
 The loss below is the unrolled one of scmdm.py with its choices as arguments; the test compares the two.
 """
@@ -15,7 +15,8 @@ import torch
 import sample
 import scmdm
 import train
-from scmdm import LINEAR, T_MIN, mask_tokens, masked_nll, without_mask
+from data.study import bench
+from scmdm import LINEAR, T_MIN, masked_nll, q_sample, without_mask
 
 
 def loss(
@@ -41,9 +42,9 @@ def loss(
     for i in range(k, 0, -1):
         time = t + i / T  # [B]
         with torch.set_grad_enabled(torch.is_grad_enabled() and i <= learning):
-            logits = denoiser(mask_tokens(x0, u, time, mask_id), x0_prev)
+            logits = denoiser(q_sample(x0, time.clamp(max=1), mask_id, u=u), x0_prev)
             x0_prev = without_mask(logits, mask_id).softmax(-1) * (time <= 1)[:, None, None]  # [B, L, V]
-    xt = mask_tokens(x0, u, t, mask_id)
+    xt = q_sample(x0, t, mask_id, u=u)
     nll = masked_nll(denoiser(xt, x0_prev), x0, xt == mask_id, mask_id)  # [B]
     return (-LINEAR.dalpha(t) / (1 - LINEAR.alpha(t))).to(nll.dtype) * nll
 
@@ -73,4 +74,4 @@ if __name__ == "__main__":
     train.diffusion_loss = VARIANTS[name]
     if name == "softened":
         scmdm.SelfConditioning = Softened
-    sample.run({"train.py": train, "sample.py": sample}[script].main)
+    sample.run({"train.py": train, "data.study.bench": bench}[script].main)
