@@ -52,8 +52,8 @@ class Domain:
 
 
 def get(name, lines=False, length=None, vocab=None):
-    """The domain `name`: one of NAMES, or the path of a user's own file, for which data/own.py explains the
-    other arguments. Raises BadInput."""
+    """The domain `name`: one of NAMES, or the path of a user's own file. Raises BadInput.
+    The other arguments are for such a file; data/own.py explains them."""
     if name not in NAMES:
         return import_module("data.own").from_file(name, lines, length, vocab)
     if lines or length or vocab:
@@ -63,17 +63,16 @@ def get(name, lines=False, length=None, vocab=None):
 
 def from_info(info):
     """The domain of a model, from what its file remembers (model.info). Without the data it has no load."""
-    name, length, source = info["data"], info["length"], info.get("source")
+    name, vocab, length, source = info["data"], info["vocab"], info["length"], info.get("source") or {}
     if name in NAMES:
         return get(name)
     if source:
-        longest = length - 1 if source["lines"] else length  # each line was given an end token
+        own = source.get("length", length - 1 if source["lines"] else length)  # older files do not have it
         try:
-            return with_vocabulary_of(get(source["path"], source["lines"], longest, source["vocab"]), info)
+            return with_vocabulary_of(get(source["path"], source["lines"], own, source["vocab"]), info)
         except BadInput:  # the file was moved, or is no longer what it was
             pass
-    end, join = info["end"], info.get("join", "")
-    return Domain(name, info["vocab"], length, end=end, join=join, source=source or {})
+    return Domain(name, vocab, length, end=info["end"], join=info.get("join", ""), source=source)
 
 
 def with_vocabulary_of(domain, info):
@@ -90,14 +89,13 @@ def with_vocabulary_of(domain, info):
         shown = ", ".join(map(repr, unknown[:20])) + ", ..." * (len(unknown) > 20)
         raise BadInput(f"{domain.name}: {len(unknown)} tokens that the model has never seen: {shown}")
     if domain.length != length and not (domain.end and domain.length < length):
-        raise BadInput(f"{domain.name}: sequences of {domain.length} tokens, expected the model's {length}")
+        raise BadInput(f"{domain.name}: sequences of {domain.length} tokens, expected {length} (--length)")
     new = np.array([index[token] for token in domain.vocab], dtype=np.int32)  # [V], the model's tokens
-
-    padding = ((0, 0), (0, length - domain.length))  # for rows [N, L]; a stream [N] needs none
+    missing = ((0, 0), (0, length - domain.length))  # of rows [N, L]; a stream [N] has no end
 
     def load():
         parts = [new[part] for part in domain.load()]
-        return [np.pad(part, padding[-part.ndim :], mode="edge") for part in parts]  # lines end in ends
+        return [np.pad(part, missing[-part.ndim :], mode="edge") for part in parts]  # repeats the end
 
     return replace(domain, vocab=vocab, length=length, steps=None, load=load)
 

@@ -20,8 +20,7 @@ def film(path, columns, domain, seconds=8.0):
     """Write the film of {label: states} to `path` and return a line that says so.
 
     `states` has a pair for each sampling step: x [L], the sequence, and likely [L], the most likely token of
-    each position, which is shown pale where x is masked. The model with the most steps takes `seconds`; a
-    step takes as long for the others.
+    each position, which is shown pale where x is masked. The model with the most steps takes `seconds`.
     """
     steps, cycle = max(map(len, columns.values())), seconds + HOLD
     rules = []
@@ -78,7 +77,6 @@ def draw_model(label, states, domain, cycle):
         w = letter * max(len(symbol(word, domain) + domain.join) for word in domain.vocab)
         across = min(length, max(1, 420 // w))
     width, height = across * w, -(-length // across) * h
-
     lines = [f'<text y="-14" font-weight="bold" fill="{INK["known"]}">{escape(label)}</text>']
     before = [None] * length
     for k, (x, likely) in enumerate(states, 1):
@@ -88,7 +86,6 @@ def draw_model(label, states, domain, cycle):
             count += f", {sum(wrong)} cells wrong"
         turn = f' style="animation:f{k - 1} {cycle:g}s step-end infinite"' if k > 1 else ""
         lines.append(f'<g shape-rendering="crispEdges"{turn}>')  # crisp: nothing shines through at an edge
-
         # The cells that changed are one path for each colour, their symbols one text.
         now = list(look(x, likely, wrong, domain))
         cells, xs, ys, letters = (defaultdict(str) for _ in range(4))  # colour -> SVG
@@ -110,10 +107,9 @@ def draw_model(label, states, domain, cycle):
             lines.append(f'<text x="{xs[ink]}" y="{ys[ink]}" fill="{ink}" {style}>{string}</text>')
 
         # Below the canvas: a bar, and the count over a white stroke that hides the last one.
-        done = width * k // len(states)
         lines += [
             f'<path d="M0 {height + 34}h{width}" stroke="#ffffff" stroke-width="24"/>',
-            f'<path d="M0 {height + 12}h{done}" stroke="#4f6bd8" stroke-width="4"/>',
+            f'<path d="M0 {height + 12}h{width * k // len(states)}" stroke="#4f6bd8" stroke-width="4"/>',
             f'<text y="{height + 38}" font-size="14" fill="#4b5563">{count}</text></g>',
         ]
     if domain.name == "sudoku":  # thin lines between the cells, thick ones between the boxes of 2 x 3

@@ -51,7 +51,7 @@ def from_file(name, lines=False, length=None, vocab=None):
     if domain.name in NAMES:  # that name would mean the built-in domain and its models
         domain.name = f"my-{domain.name}"
     vocab = vocab and str(Path(vocab).resolve())
-    domain.source = {"path": str(path.resolve()), "lines": lines, "vocab": vocab}
+    domain.source = {"path": str(path.resolve()), "lines": lines, "length": length, "vocab": vocab}
     domain.load = lambda: split(tokens)
     return domain
 
