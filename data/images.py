@@ -1,4 +1,5 @@
-"""Images: Fashion-MNIST, 14 x 14 pixels of 16 grey levels, a pixel a token. Source: data/README.md."""
+"""Images: Fashion-MNIST, 14 x 14 pixels of 16 grey levels. A token is a pixel.
+Source and licence: data/README.md."""
 
 import lzma
 from functools import cache
@@ -10,19 +11,19 @@ from data import Domain
 
 FILE = Path(__file__).with_name("images.xz")
 CLASSIFIER = Path(__file__).with_name("images_classifier.npz")
-SIDE = 14  # pixels in each row, and rows
-SHADES = " .:-=+*coahbdkwm"  # of the grey levels, in a terminal
+SIDE = 14  # pixels in a row, and rows
+SHADES = " .:-=+*coahbdkwm"  # how a terminal shows the grey levels
 
 
 def domain():
     return Domain(
         name="images",
-        vocab=list("0123456789abcdef"),  # grey levels, 0 is black
+        vocab=list("0123456789abcdef"),  # 0 is black
         length=SIDE * SIDE,
         load=load,
         score=score,
         quality="Frechet",
-        cell=lambda token: SHADES[token] * 2,  # two characters, which are about as wide as high
+        cell=lambda token: SHADES[token] * 2,  # in a terminal, two characters are about as wide as high
         row=SIDE,
         grey=True,
     )
@@ -30,7 +31,7 @@ def domain():
 
 @cache
 def read():
-    """(images [24000, 196] of levels, labels [24000]): the first 20,000 are for training."""
+    """(images [24000, 196] of tokens, labels [24000])"""
     raw = np.frombuffer(lzma.decompress(FILE.read_bytes()), dtype=np.uint8)
     return raw[: 24000 * 196].reshape(24000, 196), raw[24000 * 196 :]
 
@@ -41,41 +42,42 @@ def load():
     return images[:20000], images[20000:]
 
 
-# --- the Frechet distance, in the features of a small classifier (data/study/train_classifier.py) ---
-
-
-def features(images, weights):
-    """The last hidden layer [N, 64] of a multilayer perceptron, in NumPy."""
-    h = images / 15.0
-    for i in (1, 2):
-        h = np.maximum(0, h @ weights[f"w{i}"] + weights[f"b{i}"])
-    return h
-
-
 @cache
 def classifier():
+    """{name: array} of a multilayer perceptron with layers of 196, 256, 64 and 10, trained on the labels."""
     with np.load(CLASSIFIER, allow_pickle=False) as file:
         return {name: file[name].astype(np.float64) for name in file.files}
 
 
+def features(images):
+    """What the classifier's last hidden layer makes of images [N, 196]. [N, 64]."""
+    w, h = classifier(), images / 15.0
+    h = np.maximum(0, h @ w["w1"] + w["b1"])
+    return np.maximum(0, h @ w["w2"] + w["b2"])
+
+
 def frechet(a, b):
-    """Frechet distance of two sets of features [N, F], [M, F], each taken for a Gaussian:
-    |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), A and B their covariances."""
+    """The Frechet distance of two sets of features [N, F] and [M, F], each taken as a Gaussian.
+
+    With the covariances A and B it is |mean(a) - mean(b)|^2 + tr(A + B - 2 (A B)^(1/2)).
+    """
     A, B = np.cov(a.T), np.cov(b.T)
     values, vectors = np.linalg.eigh(A)
     root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T  # A^(1/2)
+    # root @ B @ root has the eigenvalues of A B and is symmetric; rounding may make them slightly negative.
     cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ B @ root), 0)).sum()  # tr (A B)^(1/2)
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A) + np.trace(B) - 2 * cross)
 
 
 def score(samples, reference):
-    """{measure: value} of samples [N, 196] against reference [M, 196], real images.
+    """Measures of samples [N, 196] against real images [M, 196].
 
-    Frechet: the distance in the classifier's features; it grows as N falls: compare with as many real images.
-    sure: the mean probability of the class that the classifier takes an image for; a garment is one thing.
+    Frechet: the Frechet distance in the features of the classifier. It grows as N falls, so that only
+    distances for the same N can be compared. sure: the mean probability that the classifier gives to the
+    class it chooses, which is high if a sample looks like one garment.
     """
-    w = classifier()
-    z = features(samples, w) @ w["w3"] + w["b3"]
-    p = np.exp(z - z.max(1, keepdims=True))
-    sure = float((p / p.sum(1, keepdims=True)).max(1).mean())
-    return {"Frechet": frechet(features(samples, w), features(reference, w)), "sure": sure}
+    w, own = classifier(), features(samples)
+    logits = own @ w["w3"] + w["b3"]  # [N, 10]
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    sure = (p / p.sum(1, keepdims=True)).max(1)
+    return {"Frechet": frechet(own, features(reference)), "sure": float(sure.mean())}

@@ -1,8 +1,9 @@
-"""Molecules: QM9, at most nine heavy atoms, as SMILES, a character a token, with an end token.
-Source: data/README.md."""
+"""Molecules: QM9, molecules of at most nine heavy atoms, as SMILES strings. A token is a character.
+Source and licence: data/README.md."""
 
 import gzip
 import re
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -14,80 +15,87 @@ FILE = Path(__file__).with_name("molecules.txt.gz")
 END = "<end>"
 
 
-@cache
 def domain():
-    vocab = [*"#()+-12345=CFHNO[]", END]
-    length = 32  # the longest has 28 characters
-    return Domain("molecules", vocab, length, load, score, "valid", end=END)
+    return Domain(
+        name="molecules",
+        vocab=[*"#()+-12345=CFHNO[]", END],
+        length=32,  # the longest string has 28 characters
+        load=load,
+        score=score,
+        quality="valid",
+        end=END,
+    )
 
 
 @cache
 def read():
-    """All molecules, shuffled: the file is sorted by size."""
+    """All SMILES strings, shuffled, because the file is sorted by size."""
     lines = gzip.decompress(FILE.read_bytes()).decode().split()
     return [lines[i] for i in np.random.default_rng(0).permutation(len(lines))]
 
 
 @cache
 def load():
-    """(train, val): rows [N, 32] of tokens. A tenth is val."""
-    rows = np.full((len(read()), 32), domain().index[END], dtype=np.uint8)
+    """(train, val): rows [N, 32] of tokens. The last tenth is val."""
+    this = domain()
+    rows = np.full((len(read()), this.length), this.index[END], dtype=np.uint8)
     for row, smiles in zip(rows, read()):
-        row[: len(smiles)] = domain().encode(smiles)
+        row[: len(smiles)] = this.encode(smiles)
     cut = len(rows) * 9 // 10
     return rows[:cut], rows[cut:]
 
 
 @cache
 def rdkit():
-    """RDKit's Chem module, silenced; None, and one line that says so, if it is not installed."""
+    """RDKit's Chem module without its warnings, or None if RDKit is not installed."""
     try:
         from rdkit import Chem, RDLogger
     except ImportError:
-        print("molecules: validity, uniqueness and novelty need RDKit: pip install rdkit")
+        print("molecules: validity, uniqueness and novelty need RDKit: pip install rdkit", file=sys.stderr)
         return None
     RDLogger.DisableLog("rdApp.*")
     return Chem
 
 
 def canonical(smiles):
-    """RDKit's canonical form, None if it is no molecule. One molecule has many SMILES: compare these."""
+    """RDKit's own string for a molecule, which can be written in many ways. None if it is not a molecule."""
     molecule = rdkit().MolFromSmiles(smiles) if smiles else None
     return molecule and rdkit().MolToSmiles(molecule)
 
 
 @cache
 def known():
+    """The molecules of the training set, as canonical strings."""
     return frozenset(map(canonical, read()[: len(read()) * 9 // 10]))
 
 
 def closed(smiles):
-    """Whether brackets match and ring bonds are closed: needed for validity, and checked without RDKit."""
-    depth, smiles = 0, re.sub(r"\[[^][]*\]", "", smiles)  # in brackets a digit counts hydrogens
-    for character in smiles:
+    """Whether brackets match and ring bonds are closed. A molecule needs both, and RDKit is not needed."""
+    outside = re.sub(r"\[[^][]*\]", "", smiles)  # inside [...] a digit counts hydrogens
+    depth = 0
+    for character in outside:
         depth += {"(": 1, ")": -1}.get(character, 0)
         if depth < 0:
             return False
-    return depth == 0 and not set("[]") & set(smiles) and all(smiles.count(ring) % 2 == 0 for ring in "12345")
+    rings = all(outside.count(digit) % 2 == 0 for digit in "12345")
+    return depth == 0 and rings and not set("[]") & set(outside)
 
 
 def score(samples, reference):
-    """{measure: value} of samples [N, 32], all shares of N, as molecules are counted in the literature.
+    """Shares of samples [N, 32], counted as in the literature.
 
-    closed: brackets and ring bonds match. By RDKit, if it is there: valid, a molecule at all; unique,
-    the different ones among the valid; novel, those of them that are not in the training set; all, the
-    product of the three, which is the share of N that is valid, unique and novel at once.
+    closed: see above. The others need RDKit. valid: molecules. unique: different ones among the valid.
+    novel: those of the unique that are not in the training set. all: the product of these three, which is
+    the share of N that is all of it at once.
     """
-    strings = [domain().decode(row) for row in samples]
+    strings = list(map(domain().decode, samples))
     values = {"closed": sum(map(closed, strings)) / len(strings)}
     if rdkit():
-        valid = [c for c in map(canonical, strings) if c]
+        valid = [molecule for molecule in map(canonical, strings) if molecule]
         unique = set(valid)
         novel = unique - known()
-        values |= {
-            "valid": len(valid) / len(strings),
-            "unique": len(unique) / max(1, len(valid)),
-            "novel": len(novel) / max(1, len(unique)),
-            "all": len(novel) / len(strings),
-        }
+        values["valid"] = len(valid) / len(strings)
+        values["unique"] = len(unique) / max(1, len(valid))
+        values["novel"] = len(novel) / max(1, len(unique))
+        values["all"] = len(novel) / len(strings)
     return values

@@ -1,6 +1,6 @@
-"""Text: nine plays of Shakespeare, a character a token. Source and licence: data/README.md.
+"""Text: nine plays of Shakespeare. A token is a character. Source and licence: data/README.md.
 
-Copy this file to add a domain of your own, and its name to NAMES in data/__init__.py.
+To add a domain, copy this file and add its name to NAMES in data/__init__.py.
 """
 
 import gzip
@@ -22,27 +22,37 @@ def read():
 
 @cache
 def domain():
-    vocab = sorted(set(read()))  # 61 characters
-    length = 128  # characters in a window: some three lines of verse
-    return Domain("text", vocab, length, load, score, "words")
+    return Domain(
+        name="text",
+        vocab=sorted(set(read())),  # 61 characters
+        length=128,  # about three lines of verse
+        load=load,
+        score=score,
+        quality="words",
+    )
 
 
 @cache
 def load():
-    """(train, val): two unbroken streams [N] of tokens, cut into windows where they are used."""
+    """(train, val): two streams [N] of tokens. They are cut into windows where they are used."""
     stream = np.array(domain().encode(read()), dtype=np.uint8)
     cut = len(stream) * 9 // 10  # the last tenth is mostly Julius Caesar, whose names are new
     return stream[:cut], stream[cut:]
 
 
+def words_of(text):
+    return re.findall(r"[a-z']+", text.lower())
+
+
 @cache
 def known_words():
+    """The words of the training plays."""
     text = read()
-    return frozenset(re.findall(r"[a-z']+", text[: len(text) * 9 // 10].lower()))
+    return frozenset(words_of(text[: len(text) * 9 // 10]))
 
 
 def score(samples, reference):
-    """{measure: value} of samples [N, L]. words: the share of the words that occur in the training plays.
-    A window's first and last word may be cut and do not count."""
-    words = [word for row in samples for word in re.findall(r"[a-z']+", domain().decode(row).lower())[1:-1]]
+    """The share of the words in samples [N, L] that occur in the training plays.
+    The first and the last word of a sample may be cut off, so they do not count."""
+    words = [word for row in samples for word in words_of(domain().decode(row))[1:-1]]
     return {"words": sum(word in known_words() for word in words) / max(1, len(words))}
