@@ -11,7 +11,6 @@ The method is in scmdm.py. Everything that measures more than --compare does is 
 import argparse
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -154,8 +153,8 @@ def compare(domain, models, all_steps, n=None, seed=0, batch_size=64):
     truth = {"bound": f"{domain.entropy:.2f}"} if domain.entropy else {}
     table.append({"model": "real data"} | truth | {key: f"{value:.3f}" for key, value in real.items()})
     print_table(table)
-    print(f"bound: the sampler's bound on -log p of {len(rows)} held-out sequences, in nats per sequence. Lower is")
-    print(f"better, and ± is a 95% interval over these sequences. The scores are those of {len(rows)} samples.")
+    print(f"bound: the sampler's bound on -log p, in nats per sequence, over {len(rows)} held-out sequences.")
+    print(f"Lower is better. ± is a 95% interval over them. The scores are those of {len(rows)} samples.")
     conclude(domain, steps, bound, score)
 
 

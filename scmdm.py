@@ -77,9 +77,9 @@ def uniform(shape, device, generator=None):
 def q_sample(x0, t, mask_id, *, u=None, frozen=None, schedule=LINEAR, generator=None):
     """Draw xt from q(xt | x0): each token is kept with probability alpha(t), and becomes the mask otherwise.
 
-    x0 [B, L] integer tokens; t in [0, 1], a number or one for each sequence [B]; frozen [B, L] bool, positions
-    that are never masked; u [B, L], the uniforms if they are not to be drawn. With the same u a larger t masks
-    a superset. Returns xt [B, L]. Raises ValueError for a t or u of another shape or range.
+    x0 [B, L] integer tokens; t in [0, 1], a number or [B], one for each sequence; frozen [B, L] bool, where
+    nothing is masked; u [B, L], the uniforms if they are not to be drawn. With the same u a larger t masks a
+    superset. Returns xt [B, L]. Raises ValueError for a t or u of another shape or range.
     """
     if u is None:
         u = uniform(x0.shape, x0.device, generator)  # [B, L]
@@ -291,10 +291,10 @@ def diffusion_loss(
 ):  # fmt: skip
     """Return an estimate of the NELBO (negative evidence lower bound), a bound on -log p(x0). [B], nats.
 
-        E_t [ weight(t) * sum over masked i of -log p(x0_i | xt, x0_prev) ],   weight = -alpha' / (1 - alpha)
+        E_t [ weight(t) * sum over masked i of -log p(x0_i | xt, x0_prev) ],  weight = -alpha' / (1 - alpha)
 
-    The weight is the rate at which masks are revealed: unmask_prob(t - dt, t) = weight(t) dt. So each token is
-    paid for once, when it is revealed. The loss is the chain-rule cost of the sequence, averaged over all
+    The weight is the rate at which masks are revealed: unmask_prob(t - dt, t) = weight(t) dt. So each token
+    is paid for once, when it is revealed. The loss is the chain-rule cost of the sequence, averaged over all
     orders in which its tokens could be revealed. For the linear schedule the weight is 1/t (MD4, arXiv
     2406.04329; MDLM, arXiv 2406.07524).
 
@@ -398,10 +398,11 @@ def sample(
         logits = denoiser(x.clone(), x0_prev)  # [B, L, V]; a clone, in case the denoiser writes into it
         del x0_prev  # only the logits and the new signal stay in memory
         x0_prev = without_mask(logits, mask_id).softmax(-1)  # [B, L, V]
-        expect(not x0_prev.sum(-1).isnan().any(), f"the denoiser gave NaN or infinite logits at step {step}")
+        fine = not x0_prev.sum(-1).isnan().any()
+        expect(fine, f"the denoiser gave NaN or infinite logits at step {step}")
 
-        # 2. Choose what to reveal. This draw and that of the token are separate, and float64. A single float32
-        #    draw over {tokens, mask} would starve rare tokens (Zheng et al. 2024, arXiv 2409.02908).
+        # 2. Choose what to reveal. This draw and that of the token are separate, and float64. A single
+        #    float32 draw over {tokens, mask} would starve rare tokens (Zheng et al. 2024, arXiv 2409.02908).
         u_reveal = uniform(x.shape, x.device, generator)  # [B, L]
         u_token = uniform(x.shape, x.device, generator)  # [B, L]
         t = torch.tensor(1 - step / steps, dtype=u_token.dtype, device=x.device)

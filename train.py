@@ -60,9 +60,9 @@ def fit(model, loss_of, train, state, settings, lr, compiled=False):
     """Minimise loss_of(model, x0 [b, L], generator) -> [b] nats. Returns the moving average of the model.
 
     train is a stream [N] of tokens, of which any window may be in a batch, or rows [N, L]. settings has the
-    "iters", "batch_size", "seed" and "dtype". state is the file in which the run is kept. If it exists and has
-    the same settings, the run goes on from it, to the weights of an unbroken run. With several processes each
-    takes its share of the batch.
+    "iters", "batch_size", "seed" and "dtype". state is the file in which the run is kept. If it exists, and
+    has the same settings, the run goes on from it, to the weights of an unbroken run. With several processes
+    each takes its share of the batch.
     """
     rank, world = processes()
     iters, batch_size = settings["iters"], settings["batch_size"]
@@ -316,10 +316,10 @@ def adapt(domain, out, args, device):
             lr = args.lr or (LR_SIGNAL.get(domain.name, 1e-3) if rate else LR_CONTROL)
             iters = args.iters or args.adapt
             train_as(names[-1], model, rate, unroll, domain, out, args, iters, lr, base=crc)
-    if processes()[0] == 0 and not args.no_table:
+    if processes()[0] == 0 and args.n != 0:
         files = {name: path for name, path in models_in(out).items() if name in names}
         print()
-        compare(*load_models(files, device), [domain.steps], seed=args.seed)
+        compare(*load_models(files, device), [domain.steps], args.n, args.seed)
 
 
 # --- The command line --------------------------------------------------------------------------------------
@@ -352,12 +352,12 @@ def parse():  # fmt: off
     a("--device", default="auto", help="auto, cpu, cuda or mps (default: auto, the fastest that is there)")
     a("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrix products")
     a("--compile", action="store_true", help="torch.compile: slow to start, then faster; needs a compiler")
-    a("--no-table", action="store_true", help="adapt: end without the table")
+    a("-n", type=number(int, 0), help="adapt: sequences for the table; 0: no table (default: up to 512)")
     args = p.parse_args()
-    wrong = {"adapt": ["dim", "depth", "heads"], "pretrain": ["init", "rates", "unroll", "no_table"]}
+    wrong = {"adapt": ["dim", "depth", "heads"], "pretrain": ["init", "rates", "unroll", "n"]}
     for name in wrong[args.stage]:
-        if getattr(args, name):
-            p.error(f"--{name.replace('_', '-')} has no effect with --stage {args.stage}")
+        if getattr(args, name) is not None:
+            p.error(f"{'-' if name == 'n' else '--'}{name} has no effect with --stage {args.stage}")
     for name, value in DEFAULTS.get(args.data, DEFAULTS["text"]).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)

@@ -74,13 +74,6 @@ def load():
     return np.concatenate(train), np.concatenate(val)
 
 
-def jensen_shannon(p, q):
-    """Jensen-Shannon divergence of two distributions, in bits: 0 for equal, 1 for disjoint."""
-    m = (p + q) / 2
-    kl = [(a * np.log2(np.where(a > 0, a, 1) / np.where(m > 0, m, 1))).sum() for a in (p, q)]
-    return float(sum(kl) / 2)
-
-
 def shares(values, kinds):
     """How often each of the integers 0 to kinds - 1 occurs in values, as a distribution [kinds]."""
     counts = np.bincount(values.reshape(-1), minlength=kinds)
