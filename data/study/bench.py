@@ -1,13 +1,14 @@
-"""The bench: samples and bounds of every model in a folder, as rows of a results file, a table and two figures.
+"""The bench: bounds and samples of every model in a folder, as a results file and its tables.
 
-    python -m data.study.bench runs/novel --steps 64 --temperature 0.8 1     measure models of your own
-    python -m data.study.bench data/models/text --steps 64 -n 256 --seeds 3  measure the shipped ones
+    python -m data.study.bench runs/novel --steps 64 --temperature 0.8 1      models that you trained
+    python -m data.study.bench data/models/text --steps 64 -n 256 --seeds 3   the shipped models
 
-Rows are added to results.csv in the folder; those of the shipped models to one in the current directory.
+Each measurement is added to OUT/results.csv as soon as it is made, and is not made again for the same model
+file. So a bench that was stopped goes on where it stopped. Intervals are over training seeds: train each model
+with several (train.py --seed 1, 2) into the same folder.
 """
 
 import argparse
-import functools
 import math
 import time
 import zlib
@@ -16,172 +17,230 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import data
-from data import windows
-from data.study import measures, results
-from data.study.scoring import load_scoring
-from sample import Progress, load_models, models_in, pick_device, run
-from scmdm import COSINE, load, sample, sampler_bound, token_probs
+from data import BadInput, windows
+from data.study import files, results
+from data.study.metrics import half_width, measure
+from data.study.scoring import find_scoring, scoring_nll
+from data.study.variants import as_trained
+from data.terminal import Progress
+from sample import SHIPPED, load_models, models_in, number, pick_device, run
+from scmdm import COSINE, sample, sampler_bound, token_probs
 
-GIVEN = {"sudoku": 0.4}  # share of a held-out sequence to hand over as a prompt, for a second measure
+GIVEN = {"sudoku": 0.4}  # the share of a held-out sequence that is given when a model completes the rest
+SIGNALS = ("off", "shuffled", "uniform")  # what a model's own signal is replaced with
 
 
-def generate(denoiser, canvas, mask_id, steps, seed, batch=64, on_step=None, progress=None, **options):
-    """Fill the canvas [N, L], `batch` sequences at a time.
+def held_out(domain):
+    """Split the held-out sequences into (reference, measured): rows [M, L] and [N, L] that share no sequence.
 
-    Returns the tokens [N, L]; their predictive entropy in nats per token, the mean entropy of the
-    distributions that they were drawn from (a lower temperature lowers it, and so does overconfidence); and
-    seconds.
+    Samples are scored against the reference. Bounds are measured on the other rows, and scores of real data
+    too, so that they are not compared with themselves.
+    """
+    if domain.load is None:
+        raise BadInput(f"{domain.source.get('path')}: the data is no longer there to compare with")
+    rows = windows(domain.load()[1], domain.length)
+    first = np.unique(rows, axis=0, return_index=True)[1]  # of equal rows only the first
+    rows = np.random.default_rng(0).permutation(rows[np.sort(first)])
+    reference, measured = np.array_split(rows, 2)
+    return reference, measured
+
+
+def fill(denoiser, canvas, mask_id, steps, seed, batch_size=64, **options):
+    """Fill the canvas [N, L]. Returns tokens [N, L], their predictive entropy in nats per token, and seconds.
+
+    Predictive entropy is the entropy of the distributions that the tokens were drawn from, averaged over
+    tokens. A lower temperature lowers it, and so does overconfidence.
     """
     generator = torch.Generator(canvas.device).manual_seed(seed)
-    rows, entropies, began = [], [], time.perf_counter()
-    for x in canvas.split(batch):
+    entropies, began = [], time.perf_counter()
+
+    def watch(step, x, x0_prev):
+        nonlocal before
+        revealed = (before == mask_id) & (x != mask_id)  # [B, L]
+        logits = x0_prev[revealed].cpu().double().log()  # [R, V]
+        p = token_probs(logits, options.get("temperature", 1), options.get("top_p", 1))
+        entropies.append(torch.special.entr(p).sum(-1))  # [R], one for each token
         before = x
 
-        def watch(step, x, x0_prev):
-            nonlocal before
-            revealed = (before == mask_id) & (x != mask_id)  # [B, L]
-            logits = x0_prev[revealed].cpu().double().log()  # [R, V]
-            p = token_probs(logits, options.get("temperature", 1), options.get("top_p", 1))
-            entropies.append(torch.special.entr(p).sum(-1))  # [R]
-            before = x
-            if progress:
-                progress.update(len(rows) * steps + step + 1)
-            if on_step and not rows:
-                on_step(step, x, x0_prev)
-
-        rows.append(sample(denoiser, x, mask_id, steps, generator=generator, on_step=watch, **options))
+    rows = []
+    for before in canvas.split(batch_size):
+        rows.append(sample(denoiser, before, mask_id, steps, generator=generator, on_step=watch, **options))
     return torch.cat(rows), torch.cat(entropies).mean().item(), time.perf_counter() - began
 
 
-def with_signal(model, kind):
-    """The model with its signal replaced: by none, by that of other positions, or by a uniform one."""
+def with_signal(denoiser, kind):
+    """Return the denoiser with its signal replaced: by none, by that of other positions, or by a uniform one."""
 
-    def denoiser(xt, x0_prev):
+    def other(xt, x0_prev):
         if x0_prev is None or kind == "off":
-            return model(xt, None)
+            return denoiser(xt, None)
         if kind == "uniform":
-            return model(xt, torch.full_like(x0_prev, 1 / x0_prev.shape[-1]))
-        return model(xt, x0_prev[:, torch.randperm(xt.shape[1], generator=torch.Generator().manual_seed(0))])
+            return denoiser(xt, torch.full_like(x0_prev, 1 / x0_prev.shape[-1]))
+        positions = torch.randperm(xt.shape[1], generator=torch.Generator().manual_seed(0))
+        return denoiser(xt, x0_prev[:, positions])
 
-    return denoiser
+    return other
 
 
-def evaluate(folder, out, domain, device, n, calls, temperatures=(1.0,), seeds=1, batch=64, **options):
-    """Measure every model in the folder: a row for each model, seed, number of calls and temperature.
+class Bench:
+    """Measures models in the same way: the same sequences, masks, seeds and batches for each of them.
 
-    Seed j is a model's j-th training seed, where it has several, and the seed of n samples, of n held-out
-    sequences and of their masks: the same for all models. Rows are added to results.csv in `out` as they are
-    made; what is there already, or in the results of the shipped models, of the same model file, is not measured again.
+    Seed j chooses n held-out sequences and their masks, and is the seed of n samples.
     """
-    files, path = models_in(folder), Path(out) / "results.csv"
-    models, scoring = load_models(files, domain, device), load_scoring(folder, domain, device)
-    _, val = domain.load()
-    per, unit = (domain.length, "nats per token") if val.ndim == 1 else (1, "nats per sequence")
-    # one half of the held-out data to compare with; the other half is measured as samples are, and bounded
-    reference, rest = np.array_split(np.random.default_rng(0).permutation(windows(val, domain.length)), 2)
-    mask_id = len(domain.vocab)
-    bounded = not options.keys() - {"schedule"}  # what is sampled otherwise has no such bound
 
-    def held_out(seed):
-        return rest[(seed * n + np.arange(n)) % len(rest)].astype(np.int64)  # [n, L]
+    def __init__(self, domain, device, n, batch_size=64, nll=None, **options):
+        self.domain, self.device, self.n, self.batch_size = domain, device, n, batch_size
+        self.nll, self.options = nll, options  # nll: a scoring model; options: of `sample`
+        self.reference, self.measured = held_out(domain)
+        self.mask_id = len(domain.vocab)
+        stream = domain.load()[1].ndim == 1
+        self.per, self.unit = (domain.length, "nats per token") if stream else (1, "nats per sequence")
+        self.bounded = not options.keys() - {"schedule"}  # the bound is of random order and temperature 1
 
-    @functools.cache
-    def bound_of(denoiser, steps, seed):
-        """The sampler's bound of each held-out sequence, at the same masks for every model. [n], NumPy."""
-        same = {"generator": torch.Generator(device).manual_seed(seed)} | options
-        rows = torch.from_numpy(held_out(seed)[: len(rest)]).to(device).split(batch)  # none of them twice
-        parts = [sampler_bound(denoiser, x, mask_id, steps, **same) for x in rows]
-        return torch.cat(parts).cpu().double().numpy() / per
+    def sequences(self, seed):
+        """Return the n held-out sequences of a seed, [n, L]. Seeds follow one another through all of them."""
+        return self.measured[(seed * self.n + np.arange(self.n)) % len(self.measured)].astype(np.int64)
 
-    def bounds(denoiser, steps, seed):
-        """The bound, and its paired difference from the base's with half the width of its 95% interval."""
-        own, base = (bound_of(f, steps, seed) for f in (denoiser, models["base", 0]))
-        difference, half = measures.paired(own, base)
-        return {"bound": own.mean(), "minus base": difference, "half": half}
+    def bound(self, denoiser, steps, seed):
+        """Return the sampler's bound of each of the seed's sequences, none of them twice, in `unit`. [n]"""
+        generator = torch.Generator(self.device).manual_seed(seed)  # the same masks for every model
+        rows = torch.from_numpy(self.sequences(seed)[: len(self.measured)]).to(self.device)
+        options = self.options | {"generator": generator}
+        parts = [sampler_bound(denoiser, x, self.mask_id, steps, **options) for x in rows.split(self.batch_size)]
+        return torch.cat(parts).cpu().double().numpy() / self.per
 
-    def samples(denoiser, steps, temperature, seed):
-        def fill(canvas):
-            canvas = torch.from_numpy(canvas).to(device)
-            return generate(denoiser, canvas, mask_id, steps, seed, batch, temperature=temperature, **options)
+    def samples(self, denoiser, steps, temperature, seed):
+        """Return {metric: value} of n samples."""
+        L = self.domain.length
+        options = (self.mask_id, steps, seed, self.batch_size)
 
-        x, entropy, seconds = fill(np.full((n, domain.length), mask_id))
-        values = measures.measure(domain, x.cpu().numpy(), reference, scoring)
-        values["path entropy"] = entropy * domain.length / per
-        values["ms per call"] = 1000 * seconds / steps / math.ceil(n / batch)
-        if domain.name in GIVEN and temperature == 1:  # with a part of a held-out sequence as the prompt
-            shown = np.random.default_rng(seed).random((n, domain.length)) < GIVEN[domain.name]
-            x, _, _ = fill(np.where(shown, held_out(seed), mask_id))
-            values["completed"] = domain.score(x.cpu().numpy(), reference)[domain.quality]
+        def filled(canvas):
+            canvas = torch.from_numpy(canvas).to(self.device)
+            x, entropy, seconds = fill(denoiser, canvas, *options, temperature=temperature, **self.options)
+            return x.cpu().numpy(), entropy, seconds
+
+        x, entropy, seconds = filled(np.full((self.n, L), self.mask_id))
+        values = measure(self.domain, x, self.reference, self.nll)
+        values["predictive entropy"] = entropy * L / self.per
+        values["ms per step"] = 1000 * seconds / steps / math.ceil(self.n / self.batch_size)
+        if self.domain.name in GIVEN and temperature == 1:
+            shown = np.random.default_rng(seed).random((self.n, L)) < GIVEN[self.domain.name]
+            x, _, _ = filled(np.where(shown, self.sequences(seed), self.mask_id))
+            values["completed"] = self.domain.score(x, self.reference)[self.domain.quality]
         return values
 
-    seeds_of = {}  # {arm: its training seeds}
-    for arm, seed in files:
-        seeds_of.setdefault(arm, []).append(seed)
-    seeds = range(max(seeds, *(seed + 1 for _, seed in files)))
-    todo = [("real", "", seed, 0, 1.0) for seed in seeds]
-    for steps in calls:
-        for arm in seeds_of:
-            todo += [(arm, "", seed, steps, temperature) for seed in seeds for temperature in temperatures]
-            last = steps == max(calls) and 1 in temperatures and bounded
-            if last and models[arm, seeds_of[arm][0]].config.self_conditioning:
-                todo += [(arm, signal, 0, steps, 1.0) for signal in ("off", "shuffled", "uniform")]
-    keys = ("model", "signal", "seed", "calls", "temperature", "n", "sampler", "file")
-    csvs = [csv for csv in {path, results.shipped(domain.name)} if csv.exists()]
-    old_rows = [row for csv in csvs for row in results.read_csv(csv)]
-    if scoring:  # what was measured before there was one is measured again
-        old_rows = [row for row in old_rows if "gen. ppl" in row or "signal" in row]
-    known = {tuple(str(row.get(key, "")) for key in keys): row for row in old_rows}
-    sampler = " ".join(f"{name}={'cosine' if value is COSINE else value}" for name, value in options.items())
-    progress, rows = Progress("evaluate", len(todo)), []
-    for done, (arm, signal, seed, steps, temperature) in enumerate(todo):
-        file = None if arm == "real" else (arm, seed if seed in seeds_of[arm] else seeds_of[arm][0])
-        crc = f"crc{zlib.crc32(files[file].read_bytes()):08x}" if file else ""
-        row = dict(zip(keys, (arm, signal, float(seed), float(steps), temperature, float(n), sampler, crc)))
-        key = tuple(map(str, row.values()))
-        if key not in known:
-            row["unit"] = unit
-            if arm == "real":
-                row |= measures.measure(domain, held_out(seed), reference, scoring)
-                row |= {"path entropy": domain.entropy} if domain.entropy else {}
-            elif signal:
-                row |= bounds(with_signal(models[file], signal), steps, seed)
-            else:
-                row |= samples(models[file], steps, temperature, seed)
-                row |= bounds(models[file], steps, seed) if temperature == 1 and bounded else {}
-            known[key] = {column: value for column, value in row.items() if value != ""}
-            results.append_csv(path, known[key])
-        rows.append(known[key])
-        progress.update(done + 1, f"{arm}, {steps} calls")
+    def real(self, seed):
+        """Return {metric: value} of the seed's held-out sequences."""
+        values = measure(self.domain, self.sequences(seed), self.reference, self.nll)
+        return values | ({"entropy": self.domain.entropy} if self.domain.entropy else {})
+
+
+def evaluate(bench, paths, models, out, known, all_steps, temperatures=(1.0,), seeds=1, scoring=""):
+    """Measure every model with the bench, and return a row for each model, seed, steps and temperature.
+
+    paths {name: path}, models {name: denoiser}. Seed j measures the model that was trained with seed j, or, if
+    there is none, the one with the lowest seed. known: rows that need not be measured again; scoring: the
+    checksum of the scoring model. New rows are added to the results file `out`.
+    """
+    by_seed, crc = {}, {}  # {model: {training seed: name}}, {name: checksum}
+    for name, path in paths.items():
+        model, _, seed = name.partition("-seed")
+        by_seed.setdefault(model, {})[int(seed or 0)] = name
+        crc[name] = f"crc{zlib.crc32(path.read_bytes()):08x}"
+    seeds = range(max(seeds, *(seed + 1 for names in by_seed.values() for seed in names)))
+    sampler = " ".join(f"{key}={'cosine' if value is COSINE else value}" for key, value in bench.options.items())
+
+    todo = [("real", "", 0, 1.0, seed) for seed in seeds]
+    for steps in all_steps:
+        for model, names in by_seed.items():
+            todo += [(model, "", steps, temperature, seed) for seed in seeds for temperature in temperatures]
+            adapted = models[names[min(names)]].config.self_conditioning
+            if adapted and steps == max(all_steps) and 1 in temperatures and bench.bounded:
+                todo += [(model, signal, steps, 1.0, 0) for signal in SIGNALS]
+
+    # a row without generative perplexity, or from another scoring model, is measured again
+    known = {files.key_of(row): row for row in known if "signal" in row or row.get("scoring", "") == scoring}
+    base_bounds, rows, progress = {}, [], Progress("bench: row", len(todo))
+    for done, (model, signal, steps, temperature, seed) in enumerate(todo):
+        names = by_seed.get(model, {})
+        name = names.get(seed, names[min(names)] if names else None)
+        row = {"domain": bench.domain.name, "model": model, "signal": signal, "file": crc.get(name, "")}
+        row |= {"seed": float(seed), "steps": float(steps), "temperature": float(temperature)}
+        row |= {"n": float(bench.n), "sampler": sampler}
+        if files.key_of(row) not in known:
+            row |= {"scoring": "" if signal else scoring, "unit": bench.unit}
+            if model == "real":
+                row |= bench.real(seed)
+            elif not signal:
+                row |= bench.samples(models[name], steps, temperature, seed)
+            if model != "real" and temperature == 1 and bench.bounded:
+                if (steps, seed) not in base_bounds:
+                    base_bounds[steps, seed] = bench.bound(models["base"], steps, seed)
+                denoiser = with_signal(models[name], signal) if signal else models[name]
+                bound = bench.bound(denoiser, steps, seed)
+                minus = bound - base_bounds[steps, seed]  # paired: the same sequences and masks
+                row |= {"bound": bound.mean(), "bound minus base": minus.mean()}
+                row |= {"half over sequences": half_width(minus)} if len(minus) > 1 else {}
+            row = {column: value for column, value in row.items() if value != ""}
+            files.add(out, [row])
+            known[files.key_of(row)] = row
+        rows.append(known[files.key_of(row)])
+        progress.update(done + 1, f"{results.words(model)}, {steps} steps")
     return rows
+
+
+def folder_for_results(models, name):
+    """Return where the results of a folder of models go: into it, but for the shipped models into runs/."""
+    shipped = SHIPPED.resolve() in Path(models).resolve().parents
+    return Path("runs/shipped", name) if shipped else Path(models)
+
+
+def open_models(folder, device):
+    """Return (domain, {name: path}, {name: model}) of a folder of models, each with the adapter it was trained with."""
+    paths = models_in(folder)
+    domain, models = load_models(paths, device)
+    return domain, paths, {name: as_trained(model) for name, model in models.items()}
 
 
 def main():  # fmt: off
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    a = p.add_argument
-    a("folder", type=Path, help="of models, as train.py makes it")
-    a("-n", type=int, default=256, help="how many sequences for each seed (default: 256)")
-    a("--steps", type=int, nargs="+", default=[64], help="sampling steps, one or several (default: 64)")
-    a("--temperature", type=float, nargs="+", default=[1.0], help="one or several (default: 1)")
-    a("--top-p", type=float, default=1.0, help="draw from the fewest tokens of this mass (default: 1)")
-    a("--order", choices=("random", "confidence"), default="random", help="which masks first")
-    a("--schedule", choices=("linear", "cosine"), default="linear", help="how many per step")
-    a("--seeds", type=int, default=1, help="how many seeds (default: those of the training)")
-    a("--batch-size", type=int, default=64, help="sequences at a time; it changes the draws (default: 64)")
-    a("--device", default="auto", help="auto, cpu, cuda or mps (default: auto, the fastest there is)")
+    a, count = p.add_argument, number(int, 1)
+    a("folder", type=Path, help="the folder of the models, as train.py writes it")
+    a("-n", type=count, default=256, help="sequences for each seed (default: 256)")
+    a("--steps", type=count, nargs="+", help="sampling steps, one or more (default: the domain's)")
+    a("--temperature", type=number(float, 0, 1e6), nargs="+", default=[1.0], help="one or more (default: 1)")
+    a("--top-p", type=number(float, 1e-9, 1), default=1.0, help="draw from the fewest tokens of this mass")
+    a("--order", choices=("random", "confidence"), default="random", help="which masks are filled first")
+    a("--schedule", choices=("linear", "cosine"), default="linear", help="how many are filled at each step")
+    a("--seeds", type=count, default=1, help="at least this many seeds (default: those of the training)")
+    a("--batch-size", type=count, default=64, help="sequences at a time; it changes the draws (default: 64)")
+    a("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    a("--out", type=Path, help="folder of the results (default: the models'; runs/shipped/NAME for shipped ones)")
+    a("--figures", action="store_true", help="draw frontier.png and bound.png in OUT; needs matplotlib")
     args = p.parse_args()
-    if min(args.n, args.seeds, args.batch_size, *args.steps) < 1:
-        p.error("-n, --steps, --seeds and --batch-size are 1 or more")
-    device, out = pick_device(args.device), results.folder_for(args.folder)
-    domain = data.from_info(load(models_in(args.folder)["base", 0]).info)
-    if domain.load is None:
-        raise ValueError(f"{domain.source.get('path')}: the data is no longer there to compare with")
+    device = pick_device(args.device)
+    domain, paths, models = open_models(args.folder, device)
+    out = args.out or folder_for_results(args.folder, domain.name)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {out}: {error.strerror}") from None
     options = {"top_p": args.top_p} if args.top_p != 1 else {}
     options |= {"order": args.order} if args.order != "random" else {}
     options |= {"schedule": COSINE} if args.schedule == "cosine" else {}
-    steps = sorted(set(args.steps))
-    sizes = (args.n, steps, args.temperature, args.seeds, args.batch_size)
-    results.everything(evaluate(args.folder, out, domain, device, *sizes, **options), domain, out)
+    scorer, scoring = find_scoring(args.folder, domain, device)
+    nll = None if scorer is None else lambda x: scoring_nll(scorer, x)
+    bench = Bench(domain, device, args.n, args.batch_size, nll, **options)
+    shipped = results.HERE / "results" / domain.name / "results.csv"
+    known = [row for path in (shipped, out / "results.csv") if path.exists() for row in files.read(path)]
+    steps = sorted(set(args.steps or [domain.steps]))
+    sizes = (steps, sorted(set(args.temperature)), args.seeds, scoring)
+    rows = evaluate(bench, paths, models, out / "results.csv", known, *sizes)
+    results.report(rows)
+    if args.figures:
+        from data.study.figures import draw  # which needs matplotlib
+
+        draw(rows, out)
 
 
 if __name__ == "__main__":
