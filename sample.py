@@ -64,7 +64,7 @@ def models_in(folder):
 
 
 def load_models(files, device):
-    """Return (domain, {name: model}). All must have the base's tokens, and be adapted from that base."""
+    """Return (domain, {name: model}). All must have the base's vocabulary and be adapted from that base."""
     crc, models = zlib.crc32(files["base"].read_bytes()), {}
     for name, path in files.items():
         models[name] = model = read_model(path, device)
@@ -79,16 +79,18 @@ def load_models(files, device):
 
 
 def label(name):
-    """Turn a model's file name into what tables call it."""
+    """Turn the file name of a model into what tables call it."""
     kind, _, seed = name.partition("-seed")
     rate, _, unroll = kind.removeprefix("rate").partition("-unroll")
-    words = {"base": "base", "0": "control", "1": f"unroll={unroll}" if unroll else "the paper's recipe"}
-    other = f"rate {rate}" + (f", unroll={unroll}" if unroll else "")
-    return words.get(rate, other if kind.startswith("rate") else kind) + (f", seed {seed}" if seed else "")
+    if rate == "1":
+        kind = f"unroll={unroll}" if unroll else "the paper's recipe"
+    elif rate != kind:  # it began with "rate"
+        kind = "control" if rate == "0" else f"rate {rate}" + (f", unroll={unroll}" if unroll else "")
+    return kind + (f", seed {seed}" if seed else "")
 
 
-def newest(names):
-    """Return the model to show beside the base: of rate 1, the one with the largest unroll."""
+def largest_unroll(names):
+    """Return the model to show beside the base: of rate 1, the one with the largest unroll; None without."""
     adapted = [name for name in names if re.fullmatch(r"rate1(-unroll\d+)?(-seed\d+)?", name)]
     return max(adapted, key=lambda name: int(re.search(r"-unroll(\d+)|$", name)[1] or 1), default=None)
 
@@ -99,7 +101,7 @@ def newest(names):
 def generate(denoiser, canvas, mask_id, steps, seed, batch_size=64, on_step=None, **options):
     """Fill the canvas [N, L], batch_size sequences at a time. Returns tokens [N, L].
 
-    on_step is called for every batch. The batch size changes the draws.
+    on_step is called for every batch. Another batch size gives other samples from the same seed.
     """
     generator = torch.Generator(canvas.device).manual_seed(seed)
     options |= {"generator": generator, "on_step": on_step}
@@ -128,52 +130,61 @@ def difference(a, b):
 
 
 def compare(domain, models, all_steps, n=None, seed=0, batch_size=64):
-    """Print a table of all models at each number of sampling steps, and two sentences about the last.
+    """Print a table of all models at each number of sampling steps, and two sentences about the largest.
 
     The same for every model: the held-out sequences and their masks, the number of sampling steps, the number
-    of samples, and the sampling seed. n: how many sequences; by default what 2^15 tokens hold, at most 512.
+    of samples, and the sampling seed. n: how many sequences; by default 32,768 tokens' worth, at most 512.
     """
     rows, reference = held_out(domain)
     rows = rows[: n or max(2, min(512, 2**15 // domain.length))]
     mask_id, device = len(domain.vocab), next(models["base"].parameters()).device
     x0 = torch.from_numpy(rows.astype(np.int64)).to(device)  # [N, L]
-    table, progress = [], Progress("compare", len(all_steps) * len(models))
+    real, table = domain.score(rows, reference), []
+    progress = Progress("compare", len(all_steps) * len(models))
     for steps in all_steps:
         bound, score = {}, {}
         for name, model in models.items():
             bound[name] = bounds(model, x0, mask_id, steps, seed, batch_size)
-            samples = generate(model, torch.full_like(x0, mask_id), mask_id, steps, seed, batch_size)
-            score[name] = domain.score(samples.cpu().numpy(), reference)
             minus, half = difference(bound[name], bound["base"])
             row = {"model": label(name), "steps": steps, "bound": f"{bound[name].mean():.2f}"}
             row["minus base"] = "" if name == "base" else f"{minus:+.2f} ± {half:.2f}"
-            table.append(row | {key: f"{value:.3f}" for key, value in score[name].items()})
+            if real:  # a file of one's own has no score
+                x = generate(model, torch.full_like(x0, mask_id), mask_id, steps, seed, batch_size)
+                score[name] = domain.score(x.cpu().numpy(), reference)
+                row |= {key: f"{value:.3f}" for key, value in score[name].items()}
+            table.append(row)
             progress.update(len(table), f"{label(name)}, {steps} steps")
-    real = domain.score(rows, reference)
     truth = {"bound": f"{domain.entropy:.2f}"} if domain.entropy else {}
     table.append({"model": "real data"} | truth | {key: f"{value:.3f}" for key, value in real.items()})
     print_table(table)
-    print(f"bound: the sampler's bound on -log p, in nats per sequence, over {len(rows)} held-out sequences.")
-    print(f"Lower is better. ± is a 95% interval over them. The scores are those of {len(rows)} samples.")
+    print(f"bound: an upper bound on -log p under this sampler, in nats, averaged over {len(rows)} held-out")
+    print("sequences. ± is a 95% interval over these sequences; the training seed is not varied.")
+    if real:
+        print(f"The other columns are the scores of {len(rows)} samples.")
+    updates = {model.info["made_from"].get("iters") for name, model in models.items() if name != "base"}
+    if len(updates) > 1:
+        print("Note: these models were not all trained for the same number of iterations.")
     conclude(domain, steps, bound, score)
 
 
 def conclude(domain, steps, bound, score):
-    """Print what the table says about SCMDM beside the base and the control, at the last number of steps."""
-    best, others = newest(bound), [name for name in ("base", "rate0") if name in bound]
+    """Print what the table says about SCMDM beside the base and the control of the same training seed."""
+    best = largest_unroll(bound)
     if best is None:
         return
+    control = "rate0" + best[best.index("-seed") :] if "-seed" in best else "rate0"
+    others = {"the base": "base"} | ({"the control": control} if control in bound else {})
     print()
-    if domain.quality in score[best]:
-        rest = " and ".join(f"{score[name][domain.quality]:.2f} for the {label(name)}" for name in others)
+    if score and domain.quality in score[best]:
+        rest = " and ".join(f"{score[name][domain.quality]:.2f} for {who}" for who, name in others.items())
         print(f"With {steps} sampling steps, {domain.quality} is", end=" ")
-        print(f"{score[best][domain.quality]:.2f} for {label(best)}, {rest} (one seed).")
+        print(f"{score[best][domain.quality]:.2f} for SCMDM ({label(best)}), {rest} (one seed).")
     verdicts = []
-    for name in others:
+    for who, name in others.items():
         minus, half = difference(bound[best], bound[name])
         word = "lower than" if minus < -half else "higher than" if minus > half else "no different from"
-        verdicts.append(f"{word} the {label(name)}'s ({minus:+.2f} ± {half:.2f} nats)")
-    print(f"Its bound is {' and '.join(verdicts)}, with one seed.")
+        verdicts.append(f"{word} {who}'s ({minus:+.2f} ± {half:.2f} nats)")
+    print(f"The bound of SCMDM is {' and '.join(verdicts)}, with one seed.")
 
 
 # --- Show --------------------------------------------------------------------------------------------------
@@ -228,13 +239,12 @@ def show(domain, models, canvas, steps, seed, batch_size=64, watch=False, film_p
 
 
 def save_samples(path, samples, domain):
-    """Write one sample per line: JSON lines if the name ends in .jsonl, else text with \\n for a newline."""
+    """Write one sample per line, as JSON with the model's name."""
     with open(path, "w", encoding="utf-8") as file:
         for name, rows in samples.items():
             for x in rows:
-                text = domain.decode(x.tolist())
-                record = json.dumps({"model": name, "text": text}, ensure_ascii=False)
-                print(record if str(path).endswith(".jsonl") else text.replace("\n", "\\n"), file=file)
+                record = {"model": name, "text": domain.decode(x.tolist())}
+                print(json.dumps(record, ensure_ascii=False), file=file)
 
 
 # --- The command line --------------------------------------------------------------------------------------
@@ -250,15 +260,16 @@ def parse():  # fmt: off
     a("--compare", action="store_true", help="print a table of bounds and scores instead of the samples")
     a("--prompt", default="",
       help="known tokens, with a _ for each blank (a literal one is \\_); the model also writes what follows")
-    a("--length", type=count, help="tokens in a sample (default: the model's; the prompt's own: only infill)")
-    a("-n", type=count, help="number of sequences (default: 2; with --compare up to 512)")
+    a("--length", type=count,
+      help="tokens in a sample (default: the model's length); the prompt's own length fills only its blanks")
+    a("-n", type=count, help="number of sequences (default: 2; with --compare up to 512, and at least 2)")
     a("--steps", type=count, nargs="+",
-      help="sampling steps, with --compare one or more numbers of them (default: 36 for Sudoku, 32 or 64)")
+      help="sampling steps; --compare takes several numbers (default: one for each token, at most 64)")
     a("--batch-size", type=count, default=64, help="sequences at a time; it changes the draws (default: 64)")
     a("--temperature", type=number(float, 0, 1e6), default=1.0,
       help="below 1 is sharper, 0 takes the most likely token (default: 1)")
     a("--top-p", type=number(float, 1e-9, 1), default=1.0,
-      help="draw from the fewest tokens that have this mass together (default: 1)")
+      help="draw only from the most likely tokens whose probabilities add up to this (default: 1)")
     a("--order", choices=("random", "confidence"), default="random",
       help="which masks are filled first: random, as in the diffusion process, or the most confident ones,"
       " which breaks fewer rules but repeats itself (default: random)")
@@ -268,10 +279,13 @@ def parse():  # fmt: off
     a("--device", default="auto", help="auto, cpu, cuda or mps (default: auto, the fastest that is there)")
     a("--watch", action="store_true", help="play the steps; a masked position shows its prediction, dim")
     a("--film", metavar="FILE.svg", help="write the steps as an animated picture")
-    a("--save", metavar="FILE", help="write the samples, one per line; as JSON lines if FILE ends in .jsonl")
+    a("--save", metavar="FILE.jsonl", help="write the samples, one per line, as JSON")
     args = p.parse_args()
-    if args.compare and any((args.prompt, args.length, args.watch, args.film, args.save)):
-        p.error("--compare does not go with --prompt, --length, --watch, --film or --save")
+    free = ("prompt", "length", "watch", "film", "save", "temperature", "top_p", "order", "schedule")
+    if args.compare and any(getattr(args, name) != p.get_default(name) for name in free):
+        p.error(f"--compare measures free samples: it does not go with any of {', '.join(free)}")
+    if args.compare and args.n == 1:
+        p.error("--compare needs two or more sequences")
     if args.steps and len(args.steps) > 1 and not args.compare:
         p.error("several --steps are for --compare")
     return args
@@ -281,7 +295,8 @@ def main():
     args = parse()
     device = pick_device(args.device)
     files = models_in(args.models or SHIPPED / (args.data or "sudoku"))
-    wanted = args.model or (files if args.compare else [newest(files)] if newest(files) else [])
+    best = largest_unroll(files)
+    wanted = args.model or (files if args.compare else [best] if best else [])
     if missing := set(wanted) - set(files):
         raise BadInput(f"{files['base'].parent}: no {', '.join(sorted(missing))}.npz there")
     files = {name: path for name, path in files.items() if name == "base" or name in wanted}
@@ -299,14 +314,14 @@ def main():
     options = {"temperature": args.temperature, "top_p": args.top_p, "order": args.order}
     options["schedule"] = COSINE if args.schedule == "cosine" else LINEAR
     how = (steps[0], args.seed, args.batch_size, args.watch, args.film)
-    try:
-        samples = show(domain, models, canvas, *how, **options)
-        if args.save:
-            save_samples(args.save, samples, domain)
-    except OSError as error:  # of --film and --save
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise BadInput(f"{error.filename}: {error.strerror}") from None
+    for path in filter(None, (args.save, args.film)):  # before the work, not after it
+        try:
+            open(path, "a").close()
+        except OSError as error:
+            raise BadInput(f"{path}: {error.strerror}") from None
+    samples = show(domain, models, canvas, *how, **options)
+    if args.save:
+        save_samples(args.save, samples, domain)
 
 
 if __name__ == "__main__":

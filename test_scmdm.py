@@ -1376,7 +1376,7 @@ def test_two_processes_may_save_to_one_path(tmp_path):
 
 
 STREAM = np.random.default_rng(0).integers(0, 5, 400)
-SETTINGS = {"iters": 12, "batch_size": 4, "seed": 3, "dtype": "float32"}
+SETTINGS = {"iters": 12, "batch_size": 4, "seed": 3, "dtype": "float32", "length": 6}
 
 
 def loss_at(rate=1.0, unroll=1):
@@ -1412,7 +1412,7 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch):
     assert same_weights(whole, short_run(tmp_path))
 
 
-@pytest.mark.parametrize("setting", ["seed", "batch_size", "iters", "dtype", "base"])
+@pytest.mark.parametrize("setting", ["seed", "batch_size", "iters", "dtype", "length", "base"])
 def test_a_state_of_another_run_is_refused(setting, tmp_path):
     """A state file of other settings is refused by the name of the one that differs; so is a damaged one."""
     with pytest.raises(KeyboardInterrupt):
@@ -1438,7 +1438,7 @@ def test_a_full_disk_does_not_stop_a_run(tmp_path, monkeypatch, capsys):
 def test_a_nan_stops_the_run_and_leaves_a_way_on(tmp_path, monkeypatch):
     """A gradient that is not finite changes no weight, and the run can go on from its last state."""
     monkeypatch.setattr(train_py, "STATE_EVERY", 0)
-    with pytest.raises(data.BadInput, match="the loss became nan at iteration 6; --resume with a lower --lr"):
+    with pytest.raises(data.BadInput, match="not finite at iteration 6 .*; --resume with a lower --lr"):
         short_run(tmp_path, loss_but(6, lambda: math.nan))
     state = torch.load(tmp_path / "rate1.state", weights_only=True)
     assert state["iteration"] == 6 and all(p.isfinite().all() for p in state["model"].values())
@@ -1665,7 +1665,7 @@ def test_a_difference_within_its_interval_is_no_gain(capsys):
     score = {name: {"valid": 0.1} for name in bound} | {"rate1-unroll8": {"valid": 0.3}}
     sample_py.conclude(data.get("sudoku"), 36, bound, score)
     first, second = capsys.readouterr().out.strip().splitlines()
-    values = "valid is 0.30 for unroll=8, 0.10 for the base and 0.10 for the control (one seed)."
+    values = "valid is 0.30 for SCMDM (unroll=8), 0.10 for the base and 0.10 for the control (one seed)."
     assert first == f"With 36 sampling steps, {values}"
     assert "lower than the base's (-0.20 ± 0.00 nats)" in second and second.endswith("with one seed.")
     assert "no different from the control's (-0.10 ± 0.28 nats)" in second
@@ -1676,7 +1676,7 @@ def test_nothing_finished_is_destroyed(own, call, tmp_path):
     common = ["--data", own / "novel.txt", "--length", 24, "--out", own, "-n", 0, "--batch-size", 4]
     train = functools.partial(call, train_py, *common, "--rates", 1, "--unroll", 1, "--iters")
     before = (own / "rate1.npz").read_bytes()
-    assert "rate1.npz is there or begun: --resume goes on" in train(3, status=2)
+    assert "rate1.npz exists, or its training has begun: --resume" in train(3, status=2)
     assert "iters is 3, now 4" in train(4, "--resume", status=2)
     assert "validation" in train(3, "--resume")
     assert (own / "rate1.npz").read_bytes() == before
@@ -1687,7 +1687,7 @@ def test_nothing_finished_is_destroyed(own, call, tmp_path):
     assert "is another base" in train(3, "--resume", "--init", other, status=2)
     same_name = tmp_path / "novel.txt"
     same_name.write_text("the lazy dog_ jumps over a quick brown fox\n" * 640)
-    assert "a base of other data" in train(3, "--data", same_name, status=2)
+    assert "trained on other data" in train(3, "--data", same_name, status=2)
     (tmp_path / "rate1.npz").write_bytes(before)
     assert "adapted from another base" in call(sample_py, "--models", tmp_path, status=2)
 
@@ -1697,7 +1697,7 @@ def test_a_second_run_in_a_folder_stops(own, call, tmp_path):
     shutil.copy(own / "base.npz", tmp_path)
     words = ["--data", own / "novel.txt", "--length", 24, "--out", tmp_path, "--rates", 0, "--iters", 3]
     (tmp_path / "rate0.state").touch()  # of the first run
-    assert "rate0.npz is there or begun" in call(train_py, *words, status=2)
+    assert "rate0.npz exists, or its training has begun" in call(train_py, *words, status=2)
     assert not (tmp_path / "rate0.npz").exists()
 
 
@@ -1724,10 +1724,12 @@ def test_the_main_job(call, monkeypatch, tmp_path):
     assert first_column(out) == ["base", "control", "the paper's recipe", "unroll=8", "real data"]
     assert "17.15" in [line for line in out.splitlines() if line.startswith("real data")][0]
     *_, first, second, empty, last = out.splitlines()
-    values = "valid is .* unroll=8, .* base and .* control"
+    values = r"valid is .* SCMDM \(unroll=8\), .* base and .* control"
     assert re.match(rf"With 36 sampling steps, {values} \(one seed\)\.$", first)
-    assert re.match(r"Its bound is .* the base's .* and .* the control's .*, with one seed\.$", second)
-    assert max(map(len, out.splitlines()[:-1])) <= 110 and "sample.py --models" in last and not empty
+    values = "the base's .* and .* the control's"
+    assert re.match(rf"The bound of SCMDM is .* {values} .*, with one seed\.$", second)
+    table = out[out.index("model ") : out.index("In all")]
+    assert max(map(len, table.splitlines())) <= 110 and "sample.py --models" in last and not empty
     again = call(train_py, "--out", tmp_path, "-n", 8, "--resume")
     assert again.split("In all")[0] == out.split("In all")[0]
     call(train_py, "--out", tmp_path, "--seed", 1, "--rates", 1, "--unroll", 1, "-n", 0)
@@ -1739,7 +1741,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch, capsys):
     """Only bad input becomes one line. Any other exception, as of someone's edit, is raised as it is."""
 
     def wrong():
-        a, b = (1, 2, 3)
+        _, _ = (1, 2, 3)
 
     with pytest.raises(ValueError, match="too many values"):
         terminal.run(wrong)
@@ -1765,7 +1767,9 @@ BAD_INPUT = {  # OWN is the folder of the fixture
     "train --init OWN/base.npz": "tokens that the model has never seen",
     "train --data OWN/novel.txt --length 24 --init OWN/rate1.npz": "not a base",
     "train --data OWN/novel.txt --length 20 --init OWN/base.npz": "sequences of 20 tokens, expected 24",
-    "sample --compare --watch": "--compare does not go with",
+    "sample --compare --watch": "--compare measures free samples",
+    "sample --compare --order confidence": "--compare measures free samples",
+    "sample --compare -n 1": "--compare needs two or more sequences",
     "sample --models nowhere": "no base.npz there",
     "sample --models OWN --data dna": "models of novel, expected dna",
     "sample --models OWN --model rate7": "no rate7.npz there",

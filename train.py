@@ -1,13 +1,13 @@
-"""Train: a base, then from it the control and SCMDM, then a small table. The method is in scmdm.py.
+"""Train a base, continue from it without a signal (the control) and with one (SCMDM), and compare them.
 
     python train.py                       Sudoku from scratch; it takes minutes
     python train.py --data text           adapt the text model that is in data/models/
-    python train.py --data novel.txt      your own file: a base first, which takes longer
+    python train.py --data novel.txt      your own file: a base is trained first, which takes longer
     torchrun --nproc_per_node=2 train.py  several processes share each batch
 
-The models of a run are in one folder, --out: base.npz, rate0.npz (the control: the base trained further for
-as many iterations without a signal), rate1.npz (SCMDM as in the paper) and rate1-unroll8.npz (SCMDM,
-unrolled). During training the state is kept once a minute in NAME.state, and --resume goes on from there.
+The models of a run are in one folder, --out: base.npz, rate0.npz (the control, trained for as many iterations
+as SCMDM), rate1.npz (the paper's recipe) and rate1-unroll8.npz (our recommendation). While NAME is trained,
+its state is saved in NAME.state once a minute, and --resume continues from that file.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from scmdm import uniform, without_mask
 # --- Defaults ----------------------------------------------------------------------------------------------
 # Options override them. A file of your own is trained like text.
 
-DEFAULTS = {  # sizes of the model, sequences per iteration, and iterations of pretraining and adaptation
+DEFAULTS = {  # sizes of the base, sequences per iteration, and iterations of the base and of each adaptation
     "sudoku": dict(dim=64, depth=3, heads=4, batch_size=32, pretrain=4000, adapt=700),
     "text": dict(dim=128, depth=4, heads=4, batch_size=32, pretrain=12000, adapt=1000),
     "molecules": dict(dim=128, depth=4, heads=4, batch_size=128, pretrain=8000, adapt=1000),
@@ -43,13 +43,13 @@ DEFAULTS = {  # sizes of the model, sequences per iteration, and iterations of p
     "dna": dict(dim=128, depth=4, heads=4, batch_size=32, pretrain=3000, adapt=1000),
 }
 UNROLL = [1, 8]  # the paper's recipe, and the value that we recommend
-LR_PRETRAIN = 2e-3  # peak learning rates: small models like large ones
-LR_CONTROL = 5e-4  # without a signal, a larger rate would undo what the base has learnt
-LR_SIGNAL = {"sudoku": 2e-3}  # with a signal; elsewhere 1e-3
-BETAS = (0.9, 0.98)  # the scale of the gradients is soon forgotten, because the weight 1/t makes it jump
+LR_PRETRAIN = 2e-3  # peak learning rate of the base; small models train well with a large rate
+LR_CONTROL = 5e-4  # a larger rate without a signal would undo what the base has learnt
+LR_SIGNAL = {"sudoku": 2e-3}  # of SCMDM on Sudoku; 1e-3 on all other data
+BETAS = (0.9, 0.98)  # gradient sizes jump with the weight 1/t, so they are averaged over 50 iterations only
 WEIGHT_DECAY = 0.05  # of matrices, not of embeddings and norms
 WARMUP = 200  # iterations, or a twentieth of the run if that is less
-AVERAGE = 0.999  # decay of the moving average of the weights, which is what is kept
+AVERAGE = 0.999  # decay of the moving average of the weights; the average is what is written to NAME.npz
 STATE_EVERY = 60  # seconds: a run that is killed loses at most this much
 
 
@@ -59,10 +59,9 @@ STATE_EVERY = 60  # seconds: a run that is killed loses at most this much
 def fit(model, loss_of, train, state, settings, lr, compiled=False):
     """Minimise loss_of(model, x0 [b, L], generator) -> [b] nats. Returns the moving average of the model.
 
-    train is a stream [N] of tokens, of which any window may be in a batch, or rows [N, L]. settings has the
-    "iters", "batch_size", "seed" and "dtype". state is the file in which the run is kept. If it exists, and
-    has the same settings, the run goes on from it, to the weights of an unbroken run. With several processes
-    each takes its share of the batch.
+    train: a stream [N] of tokens, of which any window may be in a batch, or rows [N, L]. settings: "iters",
+    "batch_size", "seed", "dtype" and others. state: the file that holds the unfinished run. If it exists, its
+    settings must equal these, and training continues to the weights of a run that was never interrupted.
     """
     rank, world = processes()
     iters, batch_size = settings["iters"], settings["batch_size"]
@@ -80,7 +79,8 @@ def fit(model, loss_of, train, state, settings, lr, compiled=False):
     progress, running, saved = Progress(f"{state.stem}: iteration", iters, batch_size * L), None, time.time()
 
     for k in range(first, iters):
-        # 1. Batch. Its randomness depends on (seed, k, rank) alone, so a resumed run repeats nothing.
+        # 1. Batch. All randomness depends on (seed, k, rank) alone, so a resumed run draws what an unbroken
+        #    run would have drawn, and each process has its own share of the batch.
         pick, noise = generators(settings["seed"], k, rank, device)
         rows = torch.randint(len(train), (batch_size // world,), generator=pick).numpy()
         x0 = torch.from_numpy(train[rows].astype(np.int64)).to(device)  # [b, L]
@@ -95,7 +95,7 @@ def fit(model, loss_of, train, state, settings, lr, compiled=False):
         norm = torch.nn.utils.clip_grad_norm_(live, 1.0)
         if not torch.isfinite(norm):
             raise BadInput(
-                f"{state.stem}: the loss became {loss.item():.3g} at iteration {k};"
+                f"{state.stem}: the gradient is not finite at iteration {k} (loss {loss.item():.3g});"
                 " --resume with a lower --lr goes on from the last state"
             )
 
@@ -104,7 +104,7 @@ def fit(model, loss_of, train, state, settings, lr, compiled=False):
             group["lr"] = learning_rate(k, iters, lr)
         optimiser.step()
 
-        # 5. Average. Its memory is short at first, to forget the initial weights.
+        # 5. Average, over few iterations at first, so that the random initial weights drop out.
         decay = min(AVERAGE, (k + 1) / (k + 10))
         torch._foreach_lerp_(kept, [p.detach() for p in live], 1 - decay)
 
@@ -113,7 +113,11 @@ def fit(model, loss_of, train, state, settings, lr, compiled=False):
         if rank == 0:
             progress.update(k + 1, f"loss {running:.4f} nats per token")
             if time.time() - saved > STATE_EVERY:
-                save_state(state, k + 1, settings, parts)
+                try:
+                    save_state(state, k + 1, settings, parts)
+                except (OSError, RuntimeError) as error:  # torch raises the second if the disk is full
+                    reason = f"{state} could not be written ({error})"
+                    print(f"\nwarning: {reason}; the run goes on", file=sys.stderr)
                 saved = time.time()
     return average
 
@@ -128,7 +132,7 @@ def make_optimiser(model, lr):
 
 
 def learning_rate(k, iters, peak):
-    """Linear warm-up, then a cosine to zero, at iteration k = 0, 1, ..."""
+    """Return the rate of iteration k = 0, 1, ...: a linear warm-up under a cosine that falls to zero."""
     warmup = max(1, min(iters // 20, WARMUP))
     return peak * min((k + 1) / warmup, 0.5 * (1 + math.cos(math.pi * k / iters)))
 
@@ -155,14 +159,13 @@ def begin(path, settings, parts):
     """
     resumed = path.exists()
     if dist.is_initialized():
-        dist.barrier()  # all processes have looked before the first one writes
+        dist.barrier()  # every process must have looked before the first one writes
     if not resumed:
-        if processes()[0] == 0:
-            try:
-                path.touch(exist_ok=False)
-            except OSError as error:
-                raise BadInput(f"{path}: {error.strerror}") from None
-            save_state(path, 0, settings, parts)
+        try:
+            if processes()[0] == 0:
+                save_state(path, 0, settings, parts)
+        except (OSError, RuntimeError) as error:
+            raise BadInput(f"{path} cannot be written: {error}") from None
         return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -177,26 +180,22 @@ def begin(path, settings, parts):
 
 
 def save_state(path, k, settings, parts):
-    """Write the state under another name, then rename it. A full disk is a warning, and the run goes on."""
+    """Write the state under another name, then rename it, so that there is always a whole one."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     content = {name: part.state_dict() for name, part in parts.items()}
-    content |= {"iteration": k, "settings": settings}
     try:
-        torch.save(content, temporary)
+        torch.save(content | {"iteration": k, "settings": settings}, temporary)
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer raises the second
-        reason = str(error).splitlines()[0]
-        print(f"\nwarning: {path} could not be written ({reason}); the run goes on", file=sys.stderr)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def expect_settings(path, found, settings):
     """Stop if a file was made with other settings than those of this run; the learning rate may differ."""
-    older = {"processes": 1, "iters": found.get("steps")}  # what older files call otherwise
+    older = {"iters": found.get("steps"), "processes": 1, "length": settings["length"]}  # not in older files
     found = older | found
-    differ = [f"{key} is {found.get(key)}, now {value}" for key, value in settings.items()
-              if found.get(key) != value]  # fmt: skip
+    differ = [f"{key} is {found.get(key)}, now {settings[key]}" for key in settings
+              if found.get(key) != settings[key]]  # fmt: skip
     if differ:
         raise BadInput(f"{path} belongs to another run: {'; '.join(differ)}. Another --out keeps both")
 
@@ -208,9 +207,9 @@ def expect_settings(path, found, settings):
 def validate(model, val, batch_size, draws=8):
     """Return the NELBO of val [N, L] in nats per token: of both passes if the model is adapted.
 
-    Exactly k of the L positions are masked, with k = 1..L in turn, which varies less than a random time does.
-    The weight of a sequence is 1/k: the chance that k are masked at t, times 1/t, integrated over t.
-    All models are given the same masks.
+    Instead of drawing a time, exactly k positions are masked, with k = 1..L in turn, which varies less. Then
+    the weight is 1/k: the probability that k are masked at t, times 1/t, integrated over t. All models are
+    given the same masks.
     """
     device, (N, L), losses = next(model.parameters()).device, val.shape, []
     generator = torch.Generator(device).manual_seed(0)
@@ -239,8 +238,10 @@ def train_as(name, model, rate, unroll, domain, out, args, iters, lr, **made_fro
     (rank, world), (train, val) = processes(), domain.load()
     path, state = out / f"{name}.npz", out / f"{name}.state"
     if (path.exists() or state.exists()) and not args.resume:
-        raise BadInput(f"{path} is there or begun: --resume goes on with it, another --out starts anew")
-    settings = {"data": domain.name, "content": checksum(train), "seed": args.seed, "iters": iters}
+        begun = f"{path} exists, or its training has begun"
+        raise BadInput(f"{begun}: --resume continues, another --out starts anew")
+    settings = {"data": domain.name, "content": checksum(train), "length": domain.length}
+    settings |= {"seed": args.seed, "iters": iters}
     settings |= {"batch_size": args.batch_size, "weight_decay": WEIGHT_DECAY, "dtype": args.dtype}
     settings |= {"processes": world, "rate": rate, "unroll": unroll} | made_from
 
@@ -259,9 +260,9 @@ def train_as(name, model, rate, unroll, domain, out, args, iters, lr, **made_fro
                 raise BadInput(f"{path}: {error.strerror}; --resume goes on when there is room") from None
             state.unlink(missing_ok=True)
     if rank == 0:
-        model = read_model(path, next(model.parameters()).device)  # what is measured is what the file holds
-        expect_settings(path, model.info.get("made_from", {}), settings)
-        nats = validate(model, windows(val, domain.length, 256), args.batch_size)
+        saved = read_model(path, next(model.parameters()).device)  # what is measured is what the file holds
+        expect_settings(path, saved.info.get("made_from", {}), settings)
+        nats = validate(saved, windows(val, domain.length, 256), args.batch_size)
         print(f"{name}: validation {nats:.4f} nats per token", flush=True)
     if world > 1:
         dist.barrier()
@@ -272,7 +273,7 @@ def checksum(tokens):
 
 
 def pretrain(domain, out, args, device, iters, lr):
-    """Train the base from scratch. Rows have a beginning, and get position embeddings; windows do not."""
+    """Train the base. Rows have a fixed first position, so they get position embeddings; windows do not."""
     torch.manual_seed(args.seed)
     config = Config(len(domain.vocab), domain.length, args.dim, args.depth, args.heads)
     config.positions = domain.load()[0].ndim == 2
@@ -281,45 +282,47 @@ def pretrain(domain, out, args, device, iters, lr):
 
 
 def find_base(domain, out, args, device):
-    """Return (the base, its checksum, the domain in the base's tokens), and leave a copy of the base in out.
+    """Return (the base, its checksum, the domain in the base's vocabulary). The base is always out/base.npz.
 
-    The base is --init, or out/base.npz, or the shipped one, or it is trained now, as Sudoku's always is.
+    If it is missing it is copied from --init or data/models/, or else trained. Sudoku's is always trained.
     """
-    ours, shipped = out / "base.npz", SHIPPED / domain.name / "base.npz"
-    if not (args.init or ours.exists() or shipped.exists() and domain.name != "sudoku"):
+    path, source = out / "base.npz", SHIPPED / domain.name / "base.npz"
+    source = Path(args.init) if args.init else source if domain.name != "sudoku" and source.exists() else None
+    begun = path.exists() or path.with_suffix(".state").exists()
+    if source:
+        read_model(source)
+    if source and not begun and processes()[0] == 0:
+        path.with_suffix(".tmp").write_bytes(source.read_bytes())
+        path.with_suffix(".tmp").replace(path)
+    if args.init and path.read_bytes() != source.read_bytes():
+        raise BadInput(f"--init {source}: {path} is another base, expected an --out without one")
+    if not path.exists() and (begun or not source):
+        print(f"{path}: trained first, for {args.pretrain} iterations (--stage pretrain can change that)")
         pretrain(domain, out, args, device, args.pretrain, LR_PRETRAIN)
-    path = Path(args.init) if args.init else ours if ours.exists() else shipped
+    if dist.is_initialized():
+        dist.barrier()
     base = read_model(path, device)
     if base.config.self_conditioning or base.config.causal or "vocab" not in base.info:
-        raise BadInput(f"{path}: not a base that train.py made")
+        raise BadInput(f"{source or path}: not a base that train.py made")
     domain = data.with_vocabulary_of(domain, base.info)
-    if path == ours and base.info.get("made_from", {}).get("content") != checksum(domain.load()[0]):
-        raise BadInput(f"{path}: a base of other data; --init takes it, another --out makes a new one")
-    content = path.read_bytes()
-    if processes()[0] == 0 and not ours.exists():
-        ours.with_suffix(".tmp").write_bytes(content)
-        ours.with_suffix(".tmp").replace(ours)
-    if processes()[0] == 0 and ours.read_bytes() != content:
-        raise BadInput(f"--init {path}: {ours} is another base, expected an --out without one")
-    return base, zlib.crc32(content), domain
+    if not source and base.info.get("made_from", {}).get("content") != checksum(domain.load()[0]):
+        other = f"{path}: trained on other data"
+        raise BadInput(f"{other}; --init {path} adapts it anyway, another --out starts anew")
+    return base, zlib.crc32(path.read_bytes()), domain
 
 
 def adapt(domain, out, args, device):
-    """Train the control and SCMDM on from one base, for as many iterations each, and print the table."""
+    """Train the control and SCMDM on from one base, for as many iterations each. Returns their file names."""
     base, crc, domain = find_base(domain, out, args, device)
     names = ["base"]
     for rate in dict.fromkeys(args.rates or [0, 1]):
         for unroll in dict.fromkeys(args.unroll or UNROLL) if rate else [1]:
-            name = f"rate{rate:g}" + (f"-unroll{unroll}" if unroll > 1 else "")
-            names.append(name + (f"-seed{args.seed}" if args.seed else ""))
+            name = f"rate{rate:g}" + f"-unroll{unroll}" * (unroll > 1) + f"-seed{args.seed}" * (args.seed > 0)
             model = (add_self_conditioning(base) if rate else copy.deepcopy(base)).train()
             lr = args.lr or (LR_SIGNAL.get(domain.name, 1e-3) if rate else LR_CONTROL)
-            iters = args.iters or args.adapt
-            train_as(names[-1], model, rate, unroll, domain, out, args, iters, lr, base=crc)
-    if processes()[0] == 0 and args.n != 0:
-        files = {name: path for name, path in models_in(out).items() if name in names}
-        print()
-        compare(*load_models(files, device), [domain.steps], args.n, args.seed)
+            train_as(name, model, rate, unroll, domain, out, args, args.iters or args.adapt, lr, base=crc)
+            names.append(name)
+    return names
 
 
 # --- The command line --------------------------------------------------------------------------------------
@@ -339,10 +342,10 @@ def parse():  # fmt: off
       help="pretrain: only the base; adapt: from a base, which is trained first if there is none (default)")
     a("--init", help="adapt: the base (default: OUT/base.npz, or else the one in data/models/)")
     a("--rates", type=rate, nargs="+", metavar="RATE",
-      help="adapt: probability that a sequence gets its signal, a model for each (default: 0 1)")
+      help="adapt: a model for each; the share of sequences that get a signal, 0: control (default: 0 1)")
     a("--unroll", type=count, nargs="+", metavar="K",
-      help="adapt: most passes that make the signal, a model for each; 1: the paper's recipe (default: 1 8)")
-    a("--iters", type=count, help="optimiser updates of each model")
+      help="adapt: a model for each; 1 to K passes make the signal, 1: the paper's recipe (default: 1 8)")
+    a("--iters", type=count, help="optimiser updates of each model of this stage")
     a("--batch-size", type=count, help="sequences per iteration, over all processes")
     a("--lr", type=number(float, 1e-9), help=f"peak learning rate (default: {lrs})")
     a("--dim", type=count, help="pretrain: width of the model")
@@ -368,13 +371,13 @@ def parse():  # fmt: off
 
 def main():
     args, began = parse(), time.time()
-    device, (rank, world) = pick_device(args.device), processes()
+    rank, world = processes()
     if args.batch_size % world:
         raise BadInput(f"--batch-size is {args.batch_size}, expected a multiple of the {world} processes")
+    if world > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = pick_device(args.device)
     if world > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     domain = data.get(args.data, args.lines, args.length, args.vocab)
     out = Path(args.out or f"runs/{domain.name}")
@@ -385,18 +388,27 @@ def main():
     if args.stage == "pretrain":
         pretrain(domain, out, args, device, args.iters or args.pretrain, args.lr or LR_PRETRAIN)
     else:
-        adapt(domain, out, args, device)
-    if rank == 0:
-        print(f"\nIn all {clock(time.time() - began)}. Watch: python sample.py --models {out} --watch -n 1")
+        names = adapt(domain, out, args, device)
     if world > 1:
         dist.barrier()  # a process that ends early would take the others' connection with it
         dist.destroy_process_group()
+    if rank == 0 and args.stage == "adapt" and args.n != 0:
+        print()
+        files = models_in(out)
+        domain, models = load_models({name: files[name] for name in names}, device)
+        compare(domain, models, [domain.steps], args.n, args.seed)
+    if rank == 0:
+        watch = shlex.join(["python", "sample.py", "--models", str(out), "--watch", "-n", "1"])
+        print(f"\nIn all {clock(time.time() - began)}. Watch: {watch}")
 
 
 if __name__ == "__main__":
     try:
         run(main)
     except KeyboardInterrupt:
-        words = [word for word in sys.argv if word != "--resume"] + ["--resume"]
-        print(f"interrupted; go on with:\n{shlex.join(['python', *words])}", file=sys.stderr)
+        rank, world = processes()
+        words = ["torchrun", f"--nproc_per_node={world}"] if world > 1 else ["python"]
+        words += [word for word in sys.argv if word != "--resume"] + ["--resume"]
+        if rank == 0:
+            print(f"interrupted; go on with:\n{shlex.join(words)}", file=sys.stderr)
         sys.exit(130)
