@@ -1,18 +1,16 @@
-"""Sample: generate, infill, watch, film, evaluate.
+"""Sample: generate, infill, watch, film, save and compare.
 
-    python sample.py --watch                            base and SCMDM side by side, from the same seed
-    python sample.py --data text --prompt "To ____ or"  fill the blanks, one token for each _, and write on
-    python sample.py --data text --evaluate             measure every model in the folder
-    python sample.py --models runs/novel                models of your own
+    python sample.py --watch -n 1                     base and SCMDM side by side, step by step, same seed
+    python sample.py --data text --prompt "To ____"   fill the blanks, one token for each _, and write on
+    python sample.py --data text --compare            bound and score of every model in the folder
+    python sample.py --models runs/novel              models of your own
 
-This file runs the sampler and looks at what comes out. The method is in scmdm.py, the measures are in data/.
+The method is in scmdm.py. Everything that measures more than --compare does is in data/study/.
 """
 
 import argparse
-import functools
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -22,316 +20,207 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import data
-from data import measures, results, windows
+from data import BadInput, windows
 from data.film import film
-from data.terminal import draw_frame, side_by_side
-from scmdm import COSINE, load, sample, sampler_bound, token_probs
+from data.terminal import Progress, draw_frame, number, print_table, run, side_by_side
+from scmdm import COSINE, LINEAR, load, sample, sampler_bound
 
 SHIPPED = Path(__file__).parent / "data" / "models"
 
 
-# ---------------------------------------------------------------------------------------------
-# Shared with train.py
-# ---------------------------------------------------------------------------------------------
-
-
-def fail(message, status=2):
-    """What bad input gets: one line and exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(status)
-
-
-def run(main):
-    """Call main(). What it finds wrong with its input becomes one line; `| head` ends it quietly."""
-    sys.stdout.reconfigure(errors="replace")  # for an ASCII terminal
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        fail(" ".join(str(error).split()))
+# --- Shared with train.py ----------------------------------------------------------------------------------
 
 
 def pick_device(name):
-    """auto, cpu, cuda, cuda:N or mps -> torch.device. Raises ValueError for one that is not there."""
+    """Turn auto, cpu, cuda, cuda:N or mps into a torch.device."""
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(kind for kind in found if found[kind]) if name == "auto" else name
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {name}: there is none on this machine, expected auto or cpu") from None
+        raise BadInput(f"--device {name}: there is none on this machine, expected auto or cpu") from None
     return torch.device(name)
 
 
-def clock(seconds):
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}m{seconds:02}s"
-
-
-class Progress:
-    """How far a long job is, on stderr: one line in a terminal, now and then a new one in a log."""
-
-    def __init__(self, what, total, tokens=0):
-        self.what, self.total, self.tokens, self.began, self.shown = what, total, tokens, None, time.time()
-
-    def update(self, done, text=""):
-        now, terminal = time.time(), sys.stderr.isatty()
-        if self.began is None:  # the first does not count: a compilation may slow it
-            self.began, self.first = now, done
-        elif now - self.shown > (0.5 if terminal else 20) or done == self.total and now - self.began > 2:
-            each = (now - self.began) / max(1, done - self.first)
-            line = f"{self.what} {done}/{self.total}  {clock(each * (self.total - done))} left  {text}"
-            line += f"  {self.tokens / each:,.0f} tokens/s" if self.tokens else ""
-            if terminal:
-                line = "\r\033[K" + line[: shutil.get_terminal_size().columns - 1]
-            print(line, end="" if terminal and done < self.total else "\n", file=sys.stderr, flush=True)
-            self.shown = now
-
-
-def find_model(folder, name, kind):
-    """The path of kind.npz: in the folder, else the one shipped for the domain, else None."""
-    for path in (Path(folder) / f"{kind}.npz", SHIPPED / (name or "none") / f"{kind}.npz"):
-        if path.exists():
-            return path
+def read_model(path, device="cpu"):
+    """Load a model file that the user named."""
+    try:
+        return load(path, device).eval()
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise BadInput(str(error)) from None
 
 
 def models_in(folder):
-    """{(arm, seed): path} of the models in a folder, named like rate1-unroll16-seed2.npz, the base first."""
-    found = {}
-    for path in sorted(Path(folder).glob("*.npz"), key=lambda path: (path.stem != "base", path.stem)):
-        arm, _, seed = path.stem.partition("-seed")
-        if arm == "base" or arm.startswith(("rate", "scratch-")):
-            found[arm, int(seed or 0)] = path
-    if ("base", 0) not in found:
-        raise ValueError(f"{folder}: no base.npz there, expected a folder of models made by train.py")
+    """Return {name: path} of the models that train.py wrote into a folder, the base first."""
+    paths = sorted(Path(folder).glob("*.npz"), key=lambda path: (path.stem != "base", path.stem))
+    found = {path.stem: path for path in paths if path.stem.startswith(("base", "rate", "scratch"))}
+    if "base" not in found:
+        raise BadInput(f"{folder}: no base.npz there, expected a folder of models made by train.py")
     return found
 
 
-def load_models(files, domain, device):
-    """{(arm, seed): model}, all of this domain, and adapted from the base that lies beside them."""
-    crc, models = zlib.crc32(files["base", 0].read_bytes()), {}
-    for key, path in files.items():
-        models[key] = model = load(path, device).eval()
-        if (model.info.get("vocab"), model.config.length) != (domain.vocab, domain.length):
-            raise ValueError(f"{path}: a model of other tokens, expected those of {domain.name}")
-        if key[0].startswith("rate") and model.info.get("made_from", {}).get("base") != crc:
-            raise ValueError(f"{path}: adapted from another base than the base.npz beside it")
-    return models
+def load_models(files, device):
+    """Return (domain, {name: model}). All must have the base's tokens, and be adapted from that base."""
+    crc, models = zlib.crc32(files["base"].read_bytes()), {}
+    for name, path in files.items():
+        models[name] = model = read_model(path, device)
+        info, first = model.info, models["base"]
+        if "vocab" not in info:
+            raise BadInput(f"{path}: a model that train.py did not make")
+        if (info["vocab"], model.config.length) != (first.info["vocab"], first.config.length):
+            raise BadInput(f"{path}: a model of other tokens, expected those of base.npz beside it")
+        if name.startswith("rate") and info.get("made_from", {}).get("base") != crc:
+            raise BadInput(f"{path}: adapted from another base than the base.npz beside it")
+    return data.from_info(models["base"].info), models
 
 
-def load_judge(folder, domain, device):
-    """A function x [N, L] -> -log p(x), nats [N]: the causal model beside the others, or None."""
-    path = find_model(folder, domain.name, "judge")
-    if path is None:
-        return None
-    judge = load(path, device).eval()
-    if judge.info.get("vocab") != domain.vocab:
-        raise ValueError(f"{path}: not a judge of the tokens of {domain.name}")
-
-    @torch.no_grad()
-    def nll(x):
-        rows = torch.from_numpy(x.astype(np.int64)).to(device).split(64)
-        return torch.cat([judge_nll(judge, part) for part in rows]).cpu().numpy()
-
-    return nll
+def label(name):
+    """Turn a model's file name into what tables call it."""
+    kind, _, seed = name.partition("-seed")
+    rate, _, unroll = kind.removeprefix("rate").partition("-unroll")
+    words = {"base": "base", "0": "control", "1": f"unroll={unroll}" if unroll else "the paper's recipe"}
+    other = f"rate {rate}" + (f", unroll={unroll}" if unroll else "")
+    return words.get(rate, other if kind.startswith("rate") else kind) + (f", seed {seed}" if seed else "")
 
 
-def judge_nll(judge, x):
-    """-log p(x) of each sequence x [B, L] under a causal model. [B], nats per sequence.
-
-    Position i is predicted from the tokens before it, the first from the mask, which starts every sequence.
-    """
-    start = torch.full_like(x[:, :1], judge.mask_id)
-    logits = judge(torch.cat((start, x[:, :-1]), dim=1)).float()  # [B, L, V]
-    return F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="none").view(x.shape).sum(1)
+def newest(names):
+    """Return the model to show beside the base: of rate 1, the one with the largest unroll."""
+    adapted = [name for name in names if re.fullmatch(r"rate1(-unroll\d+)?(-seed\d+)?", name)]
+    return max(adapted, key=lambda name: int(re.search(r"-unroll(\d+)|$", name)[1] or 1), default=None)
 
 
-# ---------------------------------------------------------------------------------------------
-# Generate and evaluate
-# ---------------------------------------------------------------------------------------------
+# --- Compare -----------------------------------------------------------------------------------------------
 
 
-def generate(denoiser, canvas, mask_id, steps, seed, batch=64, on_step=None, progress=None, **options):
-    """Fill the canvas [N, L], `batch` sequences at a time.
+def generate(denoiser, canvas, mask_id, steps, seed, batch_size=64, on_step=None, **options):
+    """Fill the canvas [N, L], batch_size sequences at a time. Returns tokens [N, L].
 
-    Returns the tokens [N, L]; their predictive entropy in nats per token, the mean entropy of the
-    distributions that they were drawn from (a lower temperature lowers it, and so does overconfidence); and
-    seconds.
+    on_step is called for every batch. The batch size changes the draws.
     """
     generator = torch.Generator(canvas.device).manual_seed(seed)
-    rows, entropies, began = [], [], time.perf_counter()
-    for x in canvas.split(batch):
-        before = x
-
-        def watch(step, x, x0_prev):
-            nonlocal before
-            revealed = (before == mask_id) & (x != mask_id)  # [B, L]
-            logits = x0_prev[revealed].cpu().double().log()  # [R, V]
-            p = token_probs(logits, options.get("temperature", 1), options.get("top_p", 1))
-            entropies.append(torch.special.entr(p).sum(-1))  # [R]
-            before = x
-            if progress:
-                progress.update(len(rows) * steps + step + 1)
-            if on_step and not rows:
-                on_step(step, x, x0_prev)
-
-        rows.append(sample(denoiser, x, mask_id, steps, generator=generator, on_step=watch, **options))
-    return torch.cat(rows), torch.cat(entropies).mean().item(), time.perf_counter() - began
+    options |= {"generator": generator, "on_step": on_step}
+    return torch.cat([sample(denoiser, x, mask_id, steps, **options) for x in canvas.split(batch_size)])
 
 
-def with_signal(model, kind):
-    """The model with its signal replaced: by none, by that of other positions, or by a uniform one."""
-
-    def denoiser(xt, x0_prev):
-        if x0_prev is None or kind == "off":
-            return model(xt, None)
-        if kind == "uniform":
-            return model(xt, torch.full_like(x0_prev, 1 / x0_prev.shape[-1]))
-        return model(xt, x0_prev[:, torch.randperm(xt.shape[1], generator=torch.Generator().manual_seed(0))])
-
-    return denoiser
+def held_out(domain):
+    """Split the held-out sequences into two halves: rows to measure on, and the reference of the scores."""
+    if domain.load is None:
+        raise BadInput(f"{domain.source.get('path')}: the data is no longer there to compare with")
+    rows = np.random.default_rng(0).permutation(windows(domain.load()[1], domain.length))  # [N, L]
+    return np.array_split(rows, 2)
 
 
-def evaluate(folder, out, domain, device, n, calls, temperatures=(1.0,), seeds=1, batch=64, **options):
-    """Measure every model in the folder: a row for each model, seed, number of calls and temperature.
+def bounds(denoiser, x0, mask_id, steps, seed, batch_size=64):
+    """Return the sampler's bound of each sequence of x0 [N, L], [N] nats. Every model gets the same masks."""
+    generator = torch.Generator(x0.device).manual_seed(seed)
+    parts = [sampler_bound(denoiser, x, mask_id, steps, generator=generator) for x in x0.split(batch_size)]
+    return torch.cat(parts).cpu().double().numpy()
 
-    Seed j is a model's j-th training seed, where it has several, and the seed of n samples, of n held-out
-    sequences and of their masks: the same for all models. Rows are added to results.csv in `out` as they are
-    made; what is there or in the folder already, of the same model file, is not measured again.
+
+def difference(a, b):
+    """Return the mean of a - b [N] and half the width of its 95% interval over the N sequences."""
+    d = a - b
+    return d.mean(), 1.96 * d.std(ddof=1) / math.sqrt(len(d))
+
+
+def compare(domain, models, all_steps, n=None, seed=0, batch_size=64):
+    """Print a table of all models at each number of sampling steps, and two sentences about the last.
+
+    The same for every model: the held-out sequences and their masks, the number of sampling steps, the number
+    of samples, and the sampling seed. n: how many sequences; by default what 2^15 tokens hold, at most 512.
     """
-    files, path = models_in(folder), Path(out) / "results.csv"
-    models, judge = load_models(files, domain, device), load_judge(folder, domain, device)
-    _, val = domain.load()
-    per, unit = (domain.length, "nats per token") if val.ndim == 1 else (1, "nats per sequence")
-    # one half of the held-out data to compare with; the other half is measured as samples are, and bounded
-    reference, rest = np.array_split(np.random.default_rng(0).permutation(windows(val, domain.length)), 2)
-    mask_id = len(domain.vocab)
-    bounded = not options.keys() - {"schedule"}  # what is sampled otherwise has no such bound
-
-    def held_out(seed):
-        return rest[(seed * n + np.arange(n)) % len(rest)].astype(np.int64)  # [n, L]
-
-    @functools.cache
-    def bound_of(denoiser, steps, seed):
-        """The sampler's bound of each held-out sequence, at the same masks for every model. [n], NumPy."""
-        same = {"generator": torch.Generator(device).manual_seed(seed)} | options
-        rows = torch.from_numpy(held_out(seed)[: len(rest)]).to(device).split(batch)  # none of them twice
-        parts = [sampler_bound(denoiser, x, mask_id, steps, **same) for x in rows]
-        return torch.cat(parts).cpu().double().numpy() / per
-
-    def bounds(denoiser, steps, seed):
-        """The bound, and its paired difference from the base's with half the width of its 95% interval."""
-        own, base = (bound_of(f, steps, seed) for f in (denoiser, models["base", 0]))
-        difference, half = measures.paired(own, base)
-        return {"bound": own.mean(), "minus base": difference, "half": half}
-
-    def samples(denoiser, steps, temperature, seed):
-        def fill(canvas):
-            canvas = torch.from_numpy(canvas).to(device)
-            return generate(denoiser, canvas, mask_id, steps, seed, batch, temperature=temperature, **options)
-
-        x, entropy, seconds = fill(np.full((n, domain.length), mask_id))
-        values = measures.measure(domain, x.cpu().numpy(), reference, judge)
-        values["path entropy"] = entropy * domain.length / per
-        values["ms per call"] = 1000 * seconds / steps / math.ceil(n / batch)
-        if domain.given and temperature == 1:  # with a part of a held-out sequence as the prompt
-            shown = np.random.default_rng(seed).random((n, domain.length)) < domain.given
-            x, _, _ = fill(np.where(shown, held_out(seed), mask_id))
-            values["completed"] = domain.score(x.cpu().numpy(), reference)[domain.quality]
-        return values
-
-    seeds_of = {}  # {arm: its training seeds}
-    for arm, seed in files:
-        seeds_of.setdefault(arm, []).append(seed)
-    seeds = range(max(seeds, *(seed + 1 for _, seed in files)))
-    todo = [("real", "", seed, 0, 1.0) for seed in seeds]
-    for steps in calls:
-        for arm in seeds_of:
-            todo += [(arm, "", seed, steps, temperature) for seed in seeds for temperature in temperatures]
-            last = steps == max(calls) and 1 in temperatures and bounded
-            if last and models[arm, seeds_of[arm][0]].config.self_conditioning:
-                todo += [(arm, signal, 0, steps, 1.0) for signal in ("off", "shuffled", "uniform")]
-    keys = ("model", "signal", "seed", "calls", "temperature", "n", "sampler", "file")
-    csvs = [csv for csv in {path, Path(folder) / "results.csv"} if csv.exists()]
-    old_rows = [row for csv in csvs for row in results.read_csv(csv)]
-    if judge:  # what was measured before there was one is measured again
-        old_rows = [row for row in old_rows if "gen. ppl" in row or "signal" in row]
-    known = {tuple(str(row.get(key, "")) for key in keys): row for row in old_rows}
-    sampler = " ".join(f"{name}={'cosine' if value is COSINE else value}" for name, value in options.items())
-    progress, rows = Progress("evaluate", len(todo)), []
-    for done, (arm, signal, seed, steps, temperature) in enumerate(todo):
-        file = None if arm == "real" else (arm, seed if seed in seeds_of[arm] else seeds_of[arm][0])
-        crc = f"crc{zlib.crc32(files[file].read_bytes()):08x}" if file else ""
-        row = dict(zip(keys, (arm, signal, float(seed), float(steps), temperature, float(n), sampler, crc)))
-        key = tuple(map(str, row.values()))
-        if key not in known:
-            row["unit"] = unit
-            if arm == "real":
-                row |= measures.measure(domain, held_out(seed), reference, judge)
-                row |= {"path entropy": domain.entropy} if domain.entropy else {}
-            elif signal:
-                row |= bounds(with_signal(models[file], signal), steps, seed)
-            else:
-                row |= samples(models[file], steps, temperature, seed)
-                row |= bounds(models[file], steps, seed) if temperature == 1 and bounded else {}
-            known[key] = {column: value for column, value in row.items() if value != ""}
-            results.append_csv(path, known[key])
-        rows.append(known[key])
-        progress.update(done + 1, f"{arm}, {steps} calls")
-    return rows
+    rows, reference = held_out(domain)
+    rows = rows[: n or max(2, min(512, 2**15 // domain.length))]
+    mask_id, device = len(domain.vocab), next(models["base"].parameters()).device
+    x0 = torch.from_numpy(rows.astype(np.int64)).to(device)  # [N, L]
+    table, progress = [], Progress("compare", len(all_steps) * len(models))
+    for steps in all_steps:
+        bound, score = {}, {}
+        for name, model in models.items():
+            bound[name] = bounds(model, x0, mask_id, steps, seed, batch_size)
+            samples = generate(model, torch.full_like(x0, mask_id), mask_id, steps, seed, batch_size)
+            score[name] = domain.score(samples.cpu().numpy(), reference)
+            minus, half = difference(bound[name], bound["base"])
+            row = {"model": label(name), "steps": steps, "bound": f"{bound[name].mean():.2f}"}
+            row["minus base"] = "" if name == "base" else f"{minus:+.2f} ± {half:.2f}"
+            table.append(row | {key: f"{value:.3f}" for key, value in score[name].items()})
+            progress.update(len(table), f"{label(name)}, {steps} steps")
+    real = domain.score(rows, reference)
+    truth = {"bound": f"{domain.entropy:.2f}"} if domain.entropy else {}
+    table.append({"model": "real data"} | truth | {key: f"{value:.3f}" for key, value in real.items()})
+    print_table(table)
+    print(f"bound: the sampler's bound on -log p, in nats per sequence, over {len(rows)} held-out sequences.")
+    print(f"Lower is better. ± is a 95% interval over them. The scores are those of {len(rows)} samples.")
+    conclude(domain, steps, bound, score)
 
 
-# ---------------------------------------------------------------------------------------------
-# The terminal
-# ---------------------------------------------------------------------------------------------
+def conclude(domain, steps, bound, score):
+    """Print what the table says about SCMDM beside the base and the control, at the last number of steps."""
+    best, others = newest(bound), [name for name in ("base", "rate0") if name in bound]
+    if best is None:
+        return
+    print()
+    if domain.quality in score[best]:
+        rest = " and ".join(f"{score[name][domain.quality]:.2f} for the {label(name)}" for name in others)
+        print(f"With {steps} sampling steps, {domain.quality} is", end=" ")
+        print(f"{score[best][domain.quality]:.2f} for {label(best)}, {rest} (one seed).")
+    verdicts = []
+    for name in others:
+        minus, half = difference(bound[best], bound[name])
+        word = "lower than" if minus < -half else "higher than" if minus > half else "no different from"
+        verdicts.append(f"{word} the {label(name)}'s ({minus:+.2f} ± {half:.2f} nats)")
+    print(f"Its bound is {' and '.join(verdicts)}, with one seed.")
+
+
+# --- Show --------------------------------------------------------------------------------------------------
 
 
 def canvas_of(prompt, domain, length):
-    """A prompt -> a canvas [length]: a mask for each _ (a literal one is \\_), and masks after the end."""
+    r"""Turn a prompt into a canvas [length]: a mask for each _ (a literal one is \_), and masks after it."""
+    if domain.row and length != domain.length:
+        raise BadInput(f"--length {length}: a {domain.name} sample is a grid of {domain.length} tokens")
     canvas, mask_id = [], len(domain.vocab)
     for piece in re.split(r"((?<!\\)_+)", prompt):
         try:
             blank = piece.startswith("_")
             canvas += [mask_id] * len(piece) if blank else domain.encode(piece.replace("\\_", "_"))
         except KeyError as error:
-            tokens = domain.join.join(token for token in domain.vocab if token != domain.end)
-            tokens = repr(tokens) if len(tokens) < 200 else f"{len(domain.vocab)} others"
+            known = repr(domain.join.join(token for token in domain.vocab if token != domain.end))
+            known = known if len(known) < 200 else f"{len(domain.vocab)} others"
             unknown = f"--prompt has {error.args[0]!r}, which the model has never seen"
-            raise ValueError(f"{unknown}; it knows {tokens}") from None
+            raise BadInput(f"{unknown}; it knows {known}") from None
     if len(canvas) > length:
-        raise ValueError(f"--prompt has {len(canvas)} tokens, expected at most {length}")
+        raise BadInput(f"--prompt has {len(canvas)} tokens, expected at most {length}")
     return torch.tensor(canvas + [mask_id] * (length - len(canvas)))
 
 
-def show(models, domain, canvas, steps, seed, batch=64, watch=False, film_path=None, **options):
-    """Fill the canvas [N, L] with each of {label: model}, print the samples side by side, return them."""
+def show(domain, models, canvas, steps, seed, batch_size=64, watch=False, film_path=None, **options):
+    """Fill the canvas [N, L] with each model and print the samples side by side. Returns {label: tokens}."""
     columns = shutil.get_terminal_size((100, 24)).columns
     samples, films, width = {}, {}, min(56, (columns + 1) // len(models) - 3)
-    for label, model in models.items():
-        frames = films[label] = []  # of the first sequence
+    for name, model in models.items():
+        states, progress = [], Progress(f"{label(name)}: step", steps * math.ceil(len(canvas) / batch_size))
 
         def on_step(step, x, x0_prev):
-            frames.append((x[0].cpu().numpy(), x0_prev[0].argmax(-1).cpu().numpy()))
+            states.append((x[0].cpu().numpy(), x0_prev[0].argmax(-1).cpu().numpy()))
+            progress.update(len(states))
 
-        progress = Progress(f"{label}: call", steps * math.ceil(len(canvas) / batch))
-        watched = {"on_step": on_step, "progress": progress}
-        x, _, seconds = generate(model, canvas, len(domain.vocab), steps, seed, batch, **watched, **options)
-        samples[label] = x.cpu().numpy()
-        print(f"{label}: {steps} calls, {seconds:.1f} seconds", file=sys.stderr)
+        x = generate(model, canvas, len(domain.vocab), steps, seed, batch_size, on_step, **options)
+        samples[label(name)], films[label(name)] = x.cpu().numpy(), states[:steps]  # of the first sequence
     terminal = sys.stdout.isatty()
     for step in range(steps if watch else 0):
         print("\033[H\033[J" if terminal else "")
-        print(" | ".join(f"{label}, call {step + 1}"[:width].ljust(width) for label in models))
-        states = [draw_frame(domain, *frames[step], width) for frames in films.values()]
-        print(side_by_side(states, width), flush=True)
-        time.sleep(max(0.03, 4 / steps) if terminal else 0)  # the whole takes some four seconds
+        print(" | ".join(f"{name}, step {step + 1}"[:width].ljust(width) for name in samples))
+        frames = [draw_frame(domain, *states[step], width) for states in films.values()]
+        print(side_by_side(frames, width), flush=True)
+        time.sleep(max(0.03, 4 / steps) if terminal else 0)  # the whole takes about four seconds
     if film_path:
         print(film(film_path, films, domain))
-    print(" | ".join(label[:width].ljust(width) for label in models).rstrip())
+    print(" | ".join(name[:width].ljust(width) for name in samples).rstrip())
     for rows in zip(*samples.values()):
         print(" | ".join(["-" * width] * len(models)))
         print(side_by_side([draw_frame(domain, x, x, width) for x in rows], width))
@@ -339,97 +228,85 @@ def show(models, domain, canvas, steps, seed, batch=64, watch=False, film_path=N
 
 
 def save_samples(path, samples, domain):
-    """Write samples unwrapped, one record per line: JSON lines where the name ends in .jsonl, else text."""
+    """Write one sample per line: JSON lines if the name ends in .jsonl, else text with \\n for a newline."""
     with open(path, "w", encoding="utf-8") as file:
-        for label, rows in samples.items():
+        for name, rows in samples.items():
             for x in rows:
                 text = domain.decode(x.tolist())
-                record = json.dumps({"model": label, "text": text}, ensure_ascii=False)
+                record = json.dumps({"model": name, "text": text}, ensure_ascii=False)
                 print(record if str(path).endswith(".jsonl") else text.replace("\n", "\\n"), file=file)
+
+
+# --- The command line --------------------------------------------------------------------------------------
 
 
 def parse():  # fmt: off
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    a = p.add_argument
-    a("--data", choices=data.NAMES, help="whose shipped models (default: sudoku)")
-    a("--models", help="a folder of models made by train.py, instead")
-    a("--model", nargs="+", metavar="NAME", help="which, by file name (default: the base and the best SCMDM)")
+    a, count = p.add_argument, number(int, 1)
+    a("--data", choices=data.NAMES, help="use the shipped models of this domain (default: sudoku)")
+    a("--models", metavar="FOLDER", help="use the models that train.py wrote into this folder")
+    a("--model", nargs="+", metavar="NAME",
+      help="which models, by file name (default: the base and the largest unroll; with --compare all)")
+    a("--compare", action="store_true", help="print a table of bounds and scores instead of the samples")
     a("--prompt", default="",
-      help="known tokens, with a _ for each blank (a literal one is \\_); what follows it is written too")
-    a("--length", type=int, help="tokens, at most the model's (default); the prompt's own: infilling alone")
-    a("-n", type=int, help="how many sequences; with --evaluate, for each seed (default: 2; 256 to evaluate)")
-    a("--steps", type=int, nargs="+", help="denoiser calls; several to evaluate at each (default: 64)")
-    a("--batch-size", type=int, default=64, help="sequences at a time; it changes the draws (default: 64)")
-    a("--temperature", type=float, nargs="+", default=[1.0],
-      help="below 1 sharper, 0 the likeliest token; several to evaluate at each (default: 1)")
-    a("--top-p", type=float, default=1.0, help="draw from the fewest tokens of this mass (default: 1)")
+      help="known tokens, with a _ for each blank (a literal one is \\_); the model also writes what follows")
+    a("--length", type=count, help="tokens in a sample (default: the model's; the prompt's own: only infill)")
+    a("-n", type=count, help="number of sequences (default: 2; with --compare up to 512)")
+    a("--steps", type=count, nargs="+",
+      help="sampling steps, with --compare one or more numbers of them (default: 36 for Sudoku, 32 or 64)")
+    a("--batch-size", type=count, default=64, help="sequences at a time; it changes the draws (default: 64)")
+    a("--temperature", type=number(float, 0, 1e6), default=1.0,
+      help="below 1 is sharper, 0 takes the most likely token (default: 1)")
+    a("--top-p", type=number(float, 1e-9, 1), default=1.0,
+      help="draw from the fewest tokens that have this mass together (default: 1)")
     a("--order", choices=("random", "confidence"), default="random",
-      help="which masks first: random, as the process has it (default), or the surest; that prefers what is"
-      " safe: fewer rules are broken, but text repeats itself")
-    a("--schedule", choices=("linear", "cosine"), default="linear", help="how many per step")
-    a("--seed", type=int, default=0, help="same seed, same device, same tokens (default: 0)")
-    a("--seeds", type=int, default=1, help="evaluate: how many seeds (default: those of the training)")
-    a("--device", default="auto", help="auto, cpu, cuda or mps (default: auto, the fastest there is)")
-    a("--watch", action="store_true", help="play the steps; a masked position shows its current guess, dim")
-    a("--film", metavar="FILE.svg", help="the same as an animated picture")
-    a("--save", metavar="FILE", help="write the samples, one per line; as JSON lines if it ends in .jsonl")
-    a("--evaluate", action="store_true", help="print the table of measures, not the samples")
+      help="which masks are filled first: random, as in the diffusion process, or the most confident ones,"
+      " which breaks fewer rules but repeats itself (default: random)")
+    a("--schedule", choices=("linear", "cosine"), default="linear", help="how many are filled at each step")
+    a("--seed", type=number(int, 0, 2**31 - 1), default=0,
+      help="the same seed on the same device gives the same tokens (default: 0)")
+    a("--device", default="auto", help="auto, cpu, cuda or mps (default: auto, the fastest that is there)")
+    a("--watch", action="store_true", help="play the steps; a masked position shows its prediction, dim")
+    a("--film", metavar="FILE.svg", help="write the steps as an animated picture")
+    a("--save", metavar="FILE", help="write the samples, one per line; as JSON lines if FILE ends in .jsonl")
     args = p.parse_args()
-    args.steps = sorted(set(args.steps or [64]))
-    args.n = (256 if args.evaluate else 2) if args.n is None else args.n
-    if min(args.n, args.seeds, args.batch_size, args.length or 1) < 1 or args.seed < 0:
-        p.error("-n, --seeds, --batch-size and --length are 1 or more, --seed is 0 or more")
-    if len(args.steps) + len(args.temperature) > 2 and not args.evaluate:
-        p.error("several --steps or --temperature are for --evaluate")
-    shows = args.prompt or args.length or args.watch or args.film or args.save
-    if args.evaluate and shows:
-        p.error("--evaluate measures free samples: --prompt, --length, --watch, --film and --save do nothing")
+    if args.compare and any((args.prompt, args.length, args.watch, args.film, args.save)):
+        p.error("--compare does not go with --prompt, --length, --watch, --film or --save")
+    if args.steps and len(args.steps) > 1 and not args.compare:
+        p.error("several --steps are for --compare")
     return args
 
 
 def main():
     args = parse()
     device = pick_device(args.device)
-    folder = Path(args.models or SHIPPED / (args.data or "sudoku"))
-    out = folder if args.models else Path()  # what is shipped stays as it is
-    files = models_in(folder)
-    info = load(files["base", 0]).info
-    if "data" not in info:
-        raise ValueError(f"{files['base', 0]}: a model that train.py did not make")
-    domain = data.from_info(info)
+    files = models_in(args.models or SHIPPED / (args.data or "sudoku"))
+    wanted = args.model or (files if args.compare else [newest(files)] if newest(files) else [])
+    if missing := set(wanted) - set(files):
+        raise BadInput(f"{files['base'].parent}: no {', '.join(sorted(missing))}.npz there")
+    files = {name: path for name, path in files.items() if name == "base" or name in wanted}
+    domain, models = load_models(files, device)
     if args.data not in (None, domain.name):
-        raise ValueError(f"{folder}: models of {domain.name}, expected {args.data}")
-    options = {"top_p": args.top_p} if args.top_p != 1 else {}
-    options |= {"order": args.order} if args.order != "random" else {}
-    options |= {"schedule": COSINE} if args.schedule == "cosine" else {}
-
-    if args.evaluate:
-        if domain.load is None:
-            raise ValueError(f"{domain.source.get('path')}: the data is no longer there to compare with")
-        sizes = (args.n, args.steps, args.temperature, args.seeds, args.batch_size)
-        results.everything(evaluate(folder, out, domain, device, *sizes, **options), domain, out)
+        raise BadInput(f"{args.models}: models of {domain.name}, expected {args.data}")
+    steps = args.steps or [domain.steps]
+    if args.compare:
+        compare(domain, models, sorted(set(steps)), args.n, args.seed, args.batch_size)
         return
-    arm = results.best([arm for arm, _ in files])
-    wanted = args.model or [path.stem for key, path in files.items() if key[0] == arm][:1]  # its first seed
-    if missing := set(wanted) - {path.stem for path in files.values()}:
-        raise ValueError(f"{folder}: no {', '.join(sorted(missing))}.npz there")
-    files = {key: path for key, path in files.items() if path.stem in ["base", *wanted]}
-    models = {
-        results.label(arm) + (f", seed {seed}" if seed else ""): model
-        for (arm, seed), model in load_models(files, domain, device).items()
-    }
     length = args.length or domain.length
     if length > domain.length:
-        raise ValueError(f"--length is {length}, expected at most the model's {domain.length}")
-    canvas = canvas_of(args.prompt, domain, length).expand(args.n, length).to(device)
-    options["temperature"] = args.temperature[0]
-    how = (args.steps[0], args.seed, args.batch_size, args.watch, args.film)
-    samples = show(models, domain, canvas, *how, **options)
-    if args.save:
-        save_samples(args.save, samples, domain)
-    for label, x in samples.items():
-        if domain.picture and not args.prompt:
-            print(domain.picture(x, f"{domain.name}-{label.lower().replace(' ', '-')}.png"))
+        raise BadInput(f"--length is {length}, expected at most the model's {domain.length}")
+    canvas = canvas_of(args.prompt, domain, length).expand(args.n or 2, length).to(device)
+    options = {"temperature": args.temperature, "top_p": args.top_p, "order": args.order}
+    options["schedule"] = COSINE if args.schedule == "cosine" else LINEAR
+    how = (steps[0], args.seed, args.batch_size, args.watch, args.film)
+    try:
+        samples = show(domain, models, canvas, *how, **options)
+        if args.save:
+            save_samples(args.save, samples, domain)
+    except OSError as error:  # of --film and --save
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise BadInput(f"{error.filename}: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -1,28 +1,21 @@
-"""Self-Conditioned Masked Diffusion Models (SCMDM): the method, whole, in one file.
+"""Self-Conditioned Masked Diffusion Models (SCMDM): the whole method, in one file.
 
 A masked diffusion model writes a sequence by starting from nothing but [MASK] and revealing tokens over a
-number of steps. At each step it predicts every token, keeps the few that are revealed, and throws the other
-predictions away: a position that stays masked is worked out again from its visible neighbours, and what the
-last call had found out about it is lost. SCMDM (Cardei, Ta & Fioretto 2026, arXiv 2604.26985) feeds the
-last call's predictions, `x0_prev`, back to the model: we call them the signal. It takes a pretrained model,
-makes the smallest change that lets the signal in (here: one matrix), and trains a little longer. In
-training, pass 1 makes the signal and pass 2, which gets it, is scored. Sampling needs no extra calls.
+number of sampling steps. At each step it predicts every masked token, keeps the few predictions that are
+revealed now, and throws the others away. The next step has to work them out again.
 
-Read from top to bottom:
-    1. the schedule         how much is masked at time t
-    2. the forward process  clean tokens -> masked tokens
-    3. the self-conditioning adapter, and the Transformer that carries it
-    4. the loss             what training minimises, and where SCMDM differs
-    5. the sampler          masked tokens -> clean tokens, and the likelihood bound of what it does
-    6. save and load        one .npz, which any framework with numpy can read
+SCMDM (Cardei, Ta & Fioretto 2026, arXiv 2604.26985) gives each step the model's own previous prediction of
+the clean tokens, `x0_prev`. We call it *the signal*. The method takes a pretrained model, adds one small
+matrix that lets the signal in, and trains a little longer. A sampling step is still one call of the model.
 
-From the paper: feeding the prediction back, adapting after pretraining, pass 1 without gradient. Ours: the
-exact form of the injection (`SelfConditioning`), `unroll` and `sampler_bound`.
+Sections: 1. the process, 2. the adapter, 3. the Transformer, 4. the loss, 5. the sampler, 6. extensions,
+7. files. The paper gives the idea of feeding the prediction back, post-training, and pass 1 without gradient.
+The exact form of the adapter, and section 6 but for confidence order, are ours.
 
-One convention for time, everywhere: t = 0 is clean, t = 1 is all masked, and s < t is the next, cleaner time.
-Shapes: B sequences, L positions, V tokens, D model dimensions. Tokens are 0..V-1. In our Transformer the
-mask is V (`mask_id`): it has an embedding and no logit, so that it can never be predicted. Where it is one
-of the model's V tokens, as in BERT, see `without_mask`.
+Time has one direction everywhere: t = 0 is clean, t = 1 is fully masked, and s < t is the next, cleaner time.
+Shapes: B sequences, L positions, V tokens, D model dimensions. Tokens are 0..V-1. The mask of our Transformer
+is V: it has an embedding and no logit. The mask of a foreign model may be one of its V tokens, as in BERT.
+A denoiser is any function (xt [B, L], x0_prev [B, L, V] or None) -> logits [B, L, V].
 """
 
 import copy
@@ -31,6 +24,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -38,84 +32,99 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# --- 1. The schedule --------------------------------------------------------------------------------------
+
+def expect(right, message):
+    """Raise ValueError for an argument whose result would be silently wrong."""
+    if not right:
+        raise ValueError(message)
+
+
+# --- 1. The process: clean tokens -> masked tokens ---------------------------------------------------------
 
 
 class Schedule(NamedTuple):
     """A noise schedule: two functions of a tensor of times in [0, 1]."""
 
-    alpha: Callable  # probability that a token is still visible at t: falls from alpha(0)=1 to alpha(1)=0
+    alpha: Callable  # the probability that a token is still visible at t, from alpha(0) = 1 to alpha(1) = 0
     dalpha: Callable  # its derivative in t
 
 
-LINEAR = Schedule(lambda t: 1 - t, lambda t: -torch.ones_like(t))  # MDLM's "log-linear"
-COSINE = Schedule(  # MaskGIT's (arXiv 2202.04200): few tokens at first, when little is known
+LINEAR = Schedule(lambda t: 1 - t, lambda t: -torch.ones_like(t))  # MDLM calls it log-linear
+COSINE = Schedule(  # MaskGIT's (arXiv 2202.04200): few tokens are revealed at first, when little is known
     lambda t: 1 - torch.sin(math.pi / 2 * t),
     lambda t: -math.pi / 2 * torch.cos(math.pi / 2 * t),
 )
 
 
 def unmask_prob(s, t, schedule=LINEAR):
-    """The probability that a position, masked at t > 0, is visible at s < t."""
+    """Return the probability that a position that is masked at t > 0 is visible at s < t."""
     return (schedule.alpha(s) - schedule.alpha(t)) / (1 - schedule.alpha(t))
 
 
-# --- 2. The forward process -------------------------------------------------------------------------------
-
-
 def uniform(shape, device, generator=None):
-    """Uniform numbers in [0, 1). Process, loss and sampler draw from nothing else, so that a port can replay
-    them. In float64, because float32 is too coarse for rare tokens at many steps: one float32 draw over
-    {tokens, mask} starves them (Zheng et al. 2024, arXiv 2409.02908). Apple's mps has only float32.
+    """Draw uniform numbers in [0, 1). All randomness of this file comes from here.
+
+    `generator` is a torch.Generator, None for torch's global one, or a function shape -> uniforms, with which
+    a test or a port replays known draws. The numbers are float64 because float32 is too coarse for rare
+    tokens (Zheng et al. 2024, arXiv 2409.02908). Apple's mps has no float64 and gets float32.
     """
+    if callable(generator):
+        return torch.as_tensor(generator(shape), device=device)
     dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
     return torch.rand(shape, dtype=dtype, device=device, generator=generator)
 
 
-def mask_tokens(x0, u, t, mask_id, frozen=None, schedule=LINEAR):
-    """xt from uniforms u [B, L] at times t, [B] or a number. With the same u a larger t masks a superset."""
-    t = torch.as_tensor(t, dtype=u.dtype, device=u.device).reshape(-1, 1)  # [B, 1] or [1, 1]
-    masked = u < 1 - schedule.alpha(t)  # [B, L]
+def q_sample(x0, t, mask_id, *, u=None, frozen=None, schedule=LINEAR, generator=None):
+    """Draw xt from q(xt | x0): each token is kept with probability alpha(t), and becomes the mask otherwise.
+
+    x0 [B, L] integer tokens; t in [0, 1], a number or [B], one for each sequence; frozen [B, L] bool, where
+    nothing is masked; u [B, L], the uniforms if they are not to be drawn. With the same u a larger t masks a
+    superset. Returns xt [B, L]. Raises ValueError for a t or u of another shape or range.
+    """
+    if u is None:
+        u = uniform(x0.shape, x0.device, generator)  # [B, L]
+    t = torch.as_tensor(t, dtype=u.dtype, device=u.device)
+    expect(mask_id >= 0, f"mask_id is {mask_id}, expected a token id")
+    expect(t.shape in ((), x0.shape[:1]), f"t has shape {list(t.shape)}, expected a number or [{len(x0)}]")
+    expect(((0 <= t) & (t <= 1)).all(), "t is outside [0, 1]")
+    expect(u.shape == x0.shape, f"u has shape {list(u.shape)}, expected that of x0, {list(x0.shape)}")
+    masked = u < 1 - schedule.alpha(t).reshape(-1, 1)  # [B, L]
     if frozen is not None:
         masked = masked & ~frozen
     return torch.where(masked, mask_id, x0)
 
 
-def q_sample(x0, t, mask_id, *, frozen=None, schedule=LINEAR, generator=None):
-    """Draw xt from q(xt | x0): each token is kept with probability alpha(t), else it becomes the mask.
-
-    x0 [B, L] int64 tokens; t a number or [B], one time for each sequence; frozen [B, L] bool, positions that
-    are never masked. Returns xt [B, L].
-    """
-    return mask_tokens(x0, uniform(x0.shape, x0.device, generator), t, mask_id, frozen, schedule)
-
-
-# --- 3. The denoiser --------------------------------------------------------------------------------------
+# --- 2. The adapter: how the signal enters a model ---------------------------------------------------------
 
 
 class SelfConditioning(nn.Module):
-    """All that is added to a model: one D x D matrix W, without bias.
+    """All that SCMDM adds to a model: one D x D matrix W, without bias.
 
-        h = E[xt] + 1[xt is MASK] * x0_prev @ E[:V] @ W.T
+        h = E[xt] + 1[xt is MASK] * (x0_prev @ E[:V] @ W.T)
 
-    This form is ours; the paper asks for a minimal change. The previous prediction x0_prev, a distribution
-    over tokens, becomes the mean embedding of those tokens, and W says how to mix it in. W starts at zero, so
-    the adapted model is exactly the pretrained one until it is trained. A visible token gets nothing.
+    The signal x0_prev is a distribution over tokens at each position. It becomes the mean embedding of those
+    tokens, and W says how to mix it into a masked position. A visible position gets nothing. W starts at
+    zero, so the adapted model is exactly the pretrained one until it is trained. The paper asks for a minimal
+    architectural change; this form of it is ours.
 
-    embedding is the model's own nn.Embedding, of at least V rows. It stays the model's (it is not among this
-    module's parameters, and learns through both its uses); if the model replaces it, make the adapter anew.
-    Works with any model without a time input: add the result to its token embeddings.
+    Works with any model: add the result to its token embeddings. `embedding` is the model's own nn.Embedding
+    (anything with a `weight` [at least V, D]). It stays the model's parameter and learns through both uses.
+    If the model replaces its embedding, make a new adapter.
     """
 
     def __init__(self, embedding, mask_id):
         super().__init__()
+        expect(mask_id >= 0, f"mask_id is {mask_id}, expected a token id")
         self.shared = (embedding,)  # in a tuple, so that it is not registered, and saved, twice
         self.mask_id = mask_id
-        dim = embedding.embedding_dim
+        dim = embedding.weight.shape[1]
         self.W = nn.Parameter(embedding.weight.new_zeros(dim, dim))
 
     def forward(self, xt, x0_prev=None):
-        """xt [B, L]; x0_prev [B, L, V] probabilities -> [B, L, D]. No signal, None or zeros, gives zero."""
+        """Return what to add to E[xt], [B, L, D]. xt [B, L]; x0_prev [B, L, V] probabilities, or None.
+
+        No signal is None or all zeros, and adds exactly zero.
+        """
         E = self.shared[0].weight  # [at least V, D]
         if x0_prev is None:
             return E.new_zeros(*xt.shape, E.shape[1])
@@ -124,36 +133,39 @@ class SelfConditioning(nn.Module):
         return torch.where((xt == self.mask_id)[..., None], h, 0)
 
 
+# --- 3. The Transformer ------------------------------------------------------------------------------------
+
+
 @dataclass
 class Config:
-    """What a Transformer is. Raises ValueError if the heads do not divide dim into pairs of features."""
+    """The sizes of a Transformer. Raises ValueError if the heads do not divide dim into pairs of features."""
 
     vocab_size: int  # V, without the mask
     length: int  # the longest sequence, in tokens
     dim: int = 128
     depth: int = 4
     heads: int = 4
-    causal: bool = False  # True: an autoregressive model (a judge, to score samples), else a denoiser
+    causal: bool = False  # True: an autoregressive model, which can score samples; False: a denoiser
     self_conditioning: bool = False
-    positions: bool = False  # learn an embedding of each position too: for data with a fixed start, as a grid
+    positions: bool = False  # learn an embedding for each position too, for data with a fixed start
 
     def __post_init__(self):
-        if self.dim % (2 * self.heads):
-            raise ValueError(f"Config.dim is {self.dim}, expected a multiple of 2 * heads = {2 * self.heads}")
+        pairs = 2 * self.heads
+        expect(self.dim % pairs == 0, f"Config.dim is {self.dim}, expected a multiple of 2 * heads = {pairs}")
 
 
 def rotate(x):
-    """Rotary positions (Su et al. 2021): turn each pair of features of x [B, H, L, K] by an angle."""
+    """Apply rotary positions (Su et al. 2021) to x [B, H, L, K]: turn each pair of features by an angle."""
     L, K = x.shape[-2:]
-    frequency = 10000 ** (-torch.arange(0, K, 2, device=x.device) / K)  # [K/2]
-    angle = torch.arange(L, device=x.device)[:, None] * frequency  # [L, K/2]
+    frequency = 10000 ** (-torch.arange(0, K, 2, device=x.device, dtype=torch.float32) / K)  # [K/2]
+    angle = torch.arange(L, device=x.device)[:, None] * frequency  # [L, K/2], float32 for any x
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x.chunk(2, dim=-1)  # feature i is paired with feature i + K/2
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each added to the residual stream."""
+    """Attention and an MLP, each normalised first and added to the residual stream."""
 
     def __init__(self, config):
         super().__init__()
@@ -175,14 +187,14 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The denoiser f(xt, x0_prev) -> logits: a plain bidirectional Transformer with V logits.
+    """A plain bidirectional Transformer, the denoiser f(xt, x0_prev) -> logits.
 
     It has no time input. For masked ("absorbing") diffusion the distribution of the clean tokens given xt
-    does not depend on t: xt already shows what is masked (Ou et al. 2024, RADD, arXiv 2406.03736).
+    does not depend on t, because xt itself shows what is masked (Ou et al. 2024, arXiv 2406.03736).
 
-    Rotary positions say how far apart two positions are, not where they stand, so that a sequence of nothing
-    but masks looks the same everywhere. That is right for a window of a longer text; for anything that has a
-    first position, set config.positions.
+    Rotary positions say how far apart two positions are, and not where they stand. To such a model a sequence
+    of masks looks the same everywhere. This suits a window of a longer text. Data with a first position, such
+    as a grid or a line, also needs `config.positions`.
     """
 
     def __init__(self, config):
@@ -194,7 +206,7 @@ class Transformer(nn.Module):
         self.position_embed = nn.Embedding(config.length, config.dim) if config.positions else None
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.norm = nn.LayerNorm(config.dim, bias=False)
-        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)  # no logit for the mask
         self.self_conditioning = None
         for name, p in self.named_parameters():
             if p.ndim == 2:
@@ -205,40 +217,42 @@ class Transformer(nn.Module):
             self.self_conditioning = SelfConditioning(self.embed, self.mask_id)  # its W stays zero
 
     def forward(self, xt, x0_prev=None):
-        """xt [B, L] tokens or mask; x0_prev [B, L, V] or None -> logits [B, L, V] of the clean tokens.
+        """Return logits [B, L, V] of the clean tokens. xt [B, L] tokens or mask; x0_prev [B, L, V] or None.
 
         A vanilla model ignores x0_prev. Raises ValueError if L is more than config.length.
         """
-        if xt.shape[1] > self.config.length:
-            raise ValueError(f"xt has {xt.shape[1]} positions, expected at most {self.config.length}")
+        L = xt.shape[1]
+        expect(L <= self.config.length, f"xt has {L} positions, expected at most {self.config.length}")
         h = self.embed(xt)  # [B, L, D]
         if self.self_conditioning is not None and x0_prev is not None:
             h = h + self.self_conditioning(xt, x0_prev)
         if self.position_embed is not None:
-            h = h + self.position_embed.weight[: xt.shape[1]]
+            h = h + self.position_embed.weight[:L]
         for block in self.blocks:
             h = block(h)
         return self.head(self.norm(h))  # [B, L, V]
 
 
 def add_self_conditioning(model):
-    """A copy of a pretrained vanilla Transformer, with the adapter added: exactly equal until trained."""
-    if model.config.self_conditioning or model.config.causal:
-        raise ValueError(f"add_self_conditioning got {model.config}, expected a vanilla, bidirectional model")
+    """Return a copy of a pretrained vanilla Transformer with the adapter added, exactly equal until trained.
+
+    Raises ValueError for a model that has an adapter already, or that is causal.
+    """
+    vanilla = not (model.config.self_conditioning or model.config.causal)
+    expect(vanilla, f"add_self_conditioning got {model.config}, expected a vanilla, bidirectional model")
     model = copy.deepcopy(model)
     model.config.self_conditioning = True
     model.self_conditioning = SelfConditioning(model.embed, model.mask_id)
     return model
 
 
-# --- 4. The loss ------------------------------------------------------------------------------------------
+# --- 4. The loss -------------------------------------------------------------------------------------------
 
-
-T_MIN = 1e-3  # the smallest time the loss looks at: towards t = 0 ever rarer masks weigh ever more, 1/t
+T_MIN = 1e-3  # the smallest time in training: towards t = 0 the weight 1/t explodes
 
 
 def without_mask(logits, mask_id):
-    """logits [..., V] in float32, and if the mask is one of the V tokens (as in BERT), never the mask."""
+    """Return logits [..., V] in float32. If the mask is one of the V tokens, its logit becomes -inf."""
     logits = logits.float()
     if mask_id < logits.shape[-1]:
         logits = logits.index_fill(-1, torch.tensor(mask_id, device=logits.device), -math.inf)
@@ -246,43 +260,60 @@ def without_mask(logits, mask_id):
 
 
 def masked_nll(logits, x0, masked, mask_id):
-    """sum over masked i of -log p(x0_i), the p from logits [B, L, V]. [B], nats for each sequence."""
-    nll = torch.zeros(x0.shape, device=x0.device)  # [B, L]
+    """Return the sum over masked positions i of -log p(x0_i), p from logits [B, L, V]. [B], nats."""
+    nll = torch.zeros(x0.shape, dtype=torch.float32, device=x0.device)  # [B, L]
     nll[masked] = F.cross_entropy(without_mask(logits[masked], mask_id), x0[masked].long(), reduction="none")
     return nll.sum(1)
+
+
+@torch.no_grad()
+def make_signal(denoiser, x0, t, u, mask_id, *, unroll=1, frozen=None, schedule=LINEAR, generator=None):
+    """Return the signal x0_prev [B, L, V] for the state at times t [B] that the uniforms u [B, L] mask.
+
+    unroll=1 is the paper's recipe: one pass at the state at t itself, without a signal. A larger unroll makes
+    the signal by k passes, each given the last one's prediction, at the k states before t that a sampler of
+    T steps would have visited (see `earlier_times`). The same u masks all of them, so they are nested.
+    Example: t = 0.5, T = 10 and k = 3 visit the states at 0.8, 0.7 and 0.6. The state at 0.5 is scored.
+    """
+    times = [t] if unroll == 1 else earlier_times(t, x0.shape[1], unroll, generator)
+    x0_prev = None
+    for time in times:  # [B]
+        xt = q_sample(x0, time.clamp(max=1), mask_id, u=u, frozen=frozen, schedule=schedule)  # [B, L]
+        x0_prev = without_mask(denoiser(xt, x0_prev), mask_id).softmax(-1)  # [B, L, V]
+        x0_prev *= (time <= 1)[:, None, None]  # before t = 1 no step was made, so there is no signal
+    return x0_prev
 
 
 def diffusion_loss(
     denoiser, x0, mask_id, *,
     self_cond_rate=1.0, unroll=1, frozen=None, schedule=LINEAR, generator=None, t=None,
+    make_signal=make_signal,
 ):  # fmt: skip
-    """Estimate of the NELBO (negative evidence lower bound), which bounds -log p(x0) from above. [B], nats.
+    """Return an estimate of the NELBO (negative evidence lower bound), a bound on -log p(x0). [B], nats.
 
         E_t [ weight(t) * sum over masked i of -log p(x0_i | xt, x0_prev) ],  weight = -alpha' / (1 - alpha)
 
-    What it means: the average, over all orders in which the tokens could be revealed, of the chain-rule cost
-    of the sequence. The weight is the rate at which masks are lifted, unmask_prob(t - dt, t) = weight(t) dt,
-    so that each token is paid for once, when it is revealed. For the linear schedule it is 1/t. With unroll=1
-    the value does not depend on the schedule (MD4, arXiv 2406.04329; MDLM, Sahoo et al. 2024, 2406.07524).
+    The weight is the rate at which masks are revealed: unmask_prob(t - dt, t) = weight(t) dt. So each token
+    is paid for once, when it is revealed. The loss is the chain-rule cost of the sequence, averaged over all
+    orders in which its tokens could be revealed. For the linear schedule the weight is 1/t (MD4, arXiv
+    2406.04329; MDLM, arXiv 2406.07524).
 
-    denoiser: any callable (xt [B, L], x0_prev [B, L, V] or None) -> logits [B, L, V]. Nothing hands it a
-        time: a model with a time input is given a constant one, or loses it.
-    x0 [B, L]: tokens, none of them the mask. frozen [B, L] bool: positions never masked and never scored.
-    self_cond_rate: the probability, for each sequence, that the denoiser is given its own prediction: 1 is
-        SCMDM, 0.5 the habit when training from scratch, 0 vanilla training.
-    unroll: the most passes that make the signal. 1 is the paper's recipe; more is ours, see pass 1 below.
-    t [B]: the times, if they are not to be drawn (the floor T_MIN applies to them too).
-    Order of the draws: times (1,) if not given, masks (B, L), who gets the signal (B,), and with unroll > 1
-    and a rate above 0 the number of passes (1,) and of calls (B,).
-    Raises ValueError if self_cond_rate is outside [0, 1].
-
-    Train on this, quote `sampler_bound`: this bounds what the denoiser can do with a signal made as here.
+    x0 [B, L] tokens. frozen [B, L] bool: positions that are never masked and never scored, whatever token
+    stands there. self_cond_rate: the probability that a sequence is given its signal; 1 is SCMDM, 0.5 the
+    usual habit when training from scratch, 0 vanilla training. unroll, make_signal: see `make_signal`.
+    t [B]: the times, if they are not to be drawn. Raises ValueError for an argument out of range, and for a
+    mask among the free tokens of x0.
+    Draws, in this order: times (1,) unless given; masks (B, L); who gets the signal (B,); make_signal's.
     """
-    if not 0 <= self_cond_rate <= 1:
-        raise ValueError(f"self_cond_rate is {self_cond_rate}, expected a number from 0 to 1")
-    B, L = x0.shape
+    B = len(x0)
+    expect(0 <= self_cond_rate <= 1, f"self_cond_rate is {self_cond_rate}, expected a number from 0 to 1")
+    expect(unroll >= 1, f"unroll is {unroll}, expected 1 or more")
+    expect_tokens(x0, mask_id, frozen)
+    if t is not None:
+        expect(t.shape == (B,), f"t has shape {list(t.shape)}, expected [{B}], one time for each sequence")
+        expect(((0 <= t) & (t <= 1)).all(), "t is outside [0, 1]")
 
-    # 1. One time for each sequence: one draw, spread evenly over the batch, for a calmer loss.
+    # 1. One time for each sequence: a single draw, spread evenly over the batch, which makes the loss calmer.
     if t is None:
         u = uniform((1,), x0.device, generator)
         t = (u + torch.arange(B, device=x0.device, dtype=u.dtype) / B) % 1  # [B]
@@ -290,39 +321,45 @@ def diffusion_loss(
 
     # 2. Mask.
     u = uniform(x0.shape, x0.device, generator)  # [B, L]
-    xt = mask_tokens(x0, u, t, mask_id, frozen, schedule)  # [B, L]
+    xt = q_sample(x0, t, mask_id, u=u, frozen=frozen, schedule=schedule)  # [B, L]
+    masked = xt != x0  # [B, L]
 
-    # 3. Pass 1, the method: the model's own prediction becomes the signal. No gradient goes through it, or
-    #    pass 1 could become a code for pass 2 instead of an estimate of x0. The paper makes it by one pass at
-    #    xt itself, from no signal. Sampling makes it at the state before, more masked than xt, with a signal
-    #    that was made with a signal, and so on. unroll > 1 (ours; the idea is SUNDAE's, Savinov et al. 2022,
-    #    arXiv 2112.06749) imitates that on x0: k passes, at the k states before xt, each given the last. How
-    #    far apart they are depends on the number of calls, T, that one will sample with: it is drawn too.
+    # 3. Pass 1: the model's own prediction becomes the signal, a constant. If a gradient went through it,
+    #    pass 1 could learn to send pass 2 a message instead of estimating x0.
     given = uniform((B,), x0.device, generator) < self_cond_rate  # [B]
     x0_prev = None
     if self_cond_rate > 0:
-        if unroll == 1:
-            times = [t]
-        else:
-            k = 1 + int(unroll * uniform((1,), x0.device, generator))  # 1..unroll, one for the batch
-            T = L * 4 ** (2 * uniform((B,), x0.device, generator) - 1)  # [B] calls, log-uniform, L/4 to 4L
-            times = [t + i / T for i in range(k, 0, -1)]  # k times [B]; some are above 1
-        with torch.no_grad():
-            for time in times:
-                x = mask_tokens(x0, u, time, mask_id, frozen, schedule)  # the same u: the masks are nested
-                x0_prev = without_mask(denoiser(x, x0_prev), mask_id).softmax(-1)  # [B, L, V]
-                x0_prev *= (time <= 1)[:, None, None]  # a time above 1 is before the first call: zeros
-            x0_prev *= given[:, None, None]
-        # Older PyTorch, under autocast, would reuse pass 1's casts of the weights, which carry no gradient.
-        torch.clear_autocast_cache()
+        options = dict(unroll=unroll, frozen=frozen, schedule=schedule, generator=generator)
+        x0_prev = make_signal(denoiser, x0, t, u, mask_id, **options) * given[:, None, None]  # [B, L, V]
+        torch.clear_autocast_cache()  # older PyTorch would reuse pass 1's casts, which carry no gradient
 
-    # 4. Pass 2, at xt: score the masked positions, weigh by time.
-    nll = masked_nll(denoiser(xt, x0_prev), x0, xt == mask_id, mask_id)  # [B]
+    # 4. Pass 2 is given the signal: score its masked positions, and weigh by time.
+    nll = masked_nll(denoiser(xt, x0_prev), x0, masked, mask_id)  # [B]
     weight = -schedule.dalpha(t) / (1 - schedule.alpha(t))  # [B]
     return weight.to(nll.dtype) * nll
 
 
-# --- 5. The sampler ---------------------------------------------------------------------------------------
+def expect_tokens(x0, mask_id, frozen):
+    """Raise ValueError if mask_id is no token id, or stands at a position of x0 that may be masked."""
+    expect(mask_id >= 0, f"mask_id is {mask_id}, expected a token id")
+    stray = x0 == mask_id if frozen is None else (x0 == mask_id) & ~frozen  # [B, L]
+    expect(not stray.any(), f"x0 contains the mask, {mask_id}, at a position that is not frozen")
+
+
+# --- 5. The sampler ----------------------------------------------------------------------------------------
+
+
+def token_probs(logits, temperature, top_p):
+    """Return what tokens are drawn from: softmax(logits / temperature), cut to the nucleus of mass top_p."""
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+    # the largest is subtracted first, so that dividing by a small temperature cannot give +inf
+    probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    if top_p < 1:
+        p, token = probs.sort(dim=-1, descending=True, stable=True)
+        keep = p.cumsum(-1) - p < top_p  # while the more likely tokens have too little mass together
+        probs = torch.zeros_like(probs).scatter(-1, token, torch.where(keep, p, 0))
+    return probs
 
 
 def draw(probs, u):
@@ -331,152 +368,168 @@ def draw(probs, u):
     return torch.searchsorted(cdf / cdf[..., -1:], u[..., None], right=True)[..., 0]
 
 
-def token_probs(logits, temperature, top_p):
-    """What tokens are drawn from: softmax(logits / temperature), cut to the smallest nucleus of top_p."""
-    if temperature == 0:
-        return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-    # the largest is subtracted first, so that dividing by a small temperature cannot give +inf
-    probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
-    if top_p < 1:
-        p, token = probs.sort(dim=-1, descending=True, stable=True)
-        keep = p.cumsum(-1) - p < top_p  # while the mass of the more likely ones is still too little
-        probs = torch.zeros_like(probs).scatter(-1, token, torch.where(keep, p, 0))
-    return probs
-
-
 @torch.no_grad()
 def sample(
     denoiser, x, mask_id, steps, *,
     temperature=1.0, top_p=1.0, order="random", schedule=LINEAR, generator=None, on_step=None,
 ):  # fmt: skip
-    """Fill every mask of the canvas x [B, L] in exactly `steps` calls of the denoiser; returns [B, L].
+    """Fill every mask of the canvas x [B, L] in exactly `steps` calls of the denoiser. Returns tokens [B, L].
 
-    x holds mask_id where tokens are wanted and known tokens elsewhere, which come back as they are:
-    prompts, suffixes and infilling are all just canvases. Call k is given the prediction of call
-    k-1, and call 0 none. The prediction is fed back as it is, whatever the temperature and top_p.
+    The canvas holds mask_id where tokens are wanted. Known tokens stand elsewhere and come back as they are,
+    so prompts, suffixes and infilling are all canvases. The first step gets no signal. Each later step gets
+    the prediction of the step before, unchanged by temperature and top_p.
 
-    order: "random" follows the diffusion process; "confidence" reveals as many as the schedule expects, those
-    whose drawn token the model thinks likeliest first (as MaskGIT, arXiv 2202.04200, without the noise it
-    adds to the confidence). It prefers what is safe: fewer rules are broken, but text repeats itself.
-    on_step(step, x, x0_prev): called after each step with the new state and the prediction it was drawn from.
-    Order of the draws at each step: which masks to reveal (B, L), then the tokens (B, L).
-    Raises ValueError for steps < 1, temperature < 0, top_p outside (0, 1], an unknown order, or logits
-    that are no distribution (NaN, +inf, or all -inf).
+    temperature 0 takes the most likely token; top_p draws from the fewest tokens of that mass. order "random"
+    follows the diffusion process; "confidence" is MaskGIT's (see `most_confident`).
+    on_step(step, x, x0_prev) is called after each step with the new state and the prediction it came from.
+    Raises ValueError for an option out of range, and for logits that are no distribution (NaN or infinite).
+    Draws, at each step: which masks to reveal (B, L), then the tokens (B, L).
     """
-    if steps < 1:
-        raise ValueError(f"steps is {steps}, expected 1 or more")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}, expected 0 or more")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}, expected more than 0 and at most 1")
-    if order not in ("random", "confidence"):
-        raise ValueError(f"order is {order!r}, expected 'random' or 'confidence'")
+    expect(mask_id >= 0, f"mask_id is {mask_id}, expected a token id")
+    expect(steps >= 1, f"steps is {steps}, expected 1 or more")
+    expect(0 <= temperature < math.inf, f"temperature is {temperature}, expected 0 or more")
+    expect(0 < top_p <= 1, f"top_p is {top_p}, expected more than 0 and at most 1")
+    expect(order in ("random", "confidence"), f"order is {order!r}, expected 'random' or 'confidence'")
 
     blanks = (x == mask_id).sum(1, keepdim=True)  # [B, 1] masks in the canvas
     x0_prev = None
     for step in range(steps):
-        # The signal changes at every call, so the call is made even if no token has changed.
-        logits = denoiser(x, x0_prev)  # [B, L, V]
-        del x0_prev  # of [B, L, V] only the logits and the new signal stay alive
-        x0_prev = without_mask(logits, mask_id).softmax(-1)  # [B, L, V]: what the next call is given
-        if x0_prev.sum(-1).isnan().any():
-            raise ValueError(f"the denoiser gave logits that are NaN or infinite at step {step}")
+        # 1. Predict. The call is made even if no token has changed, because the signal has.
+        logits = denoiser(x.clone(), x0_prev)  # [B, L, V]; a clone, in case the denoiser writes into it
+        del x0_prev  # only the logits and the new signal stay in memory
+        x0_prev = without_mask(logits, mask_id).softmax(-1)  # [B, L, V]
+        fine = not x0_prev.sum(-1).isnan().any()
+        expect(fine, f"the denoiser gave NaN or infinite logits at step {step}")
 
+        # 2. Choose what to reveal. This draw and that of the token are separate, and float64. A single
+        #    float32 draw over {tokens, mask} would starve rare tokens (Zheng et al. 2024, arXiv 2409.02908).
         u_reveal = uniform(x.shape, x.device, generator)  # [B, L]
         u_token = uniform(x.shape, x.device, generator)  # [B, L]
         t = torch.tensor(1 - step / steps, dtype=u_token.dtype, device=x.device)
-        s = torch.tensor(1 - (step + 1) / steps, dtype=u_token.dtype, device=x.device)
-        masked = x == mask_id  # [B, L]
+        s = torch.tensor(1 - (step + 1) / steps, dtype=u_token.dtype, device=x.device)  # 0 at the last step
+        reveal = masked = x == mask_id  # [B, L]
+        if order == "random":
+            reveal = masked & (u_reveal < unmask_prob(s, t, schedule))  # at s = 0 all are revealed
 
-        # Whether a mask is revealed, and which token it becomes, are two separate draws. At s = 0 all are
-        # revealed. Tokens are drawn only where one may be revealed, in float64.
-        reveal = masked & (u_reveal < unmask_prob(s, t, schedule)) if order == "random" else masked
+        # 3. Draw a token for each of those.
         candidates = without_mask(logits[reveal], mask_id).to(u_token.dtype)  # [R, V]
+        del logits
         drawn = x.clone()
         drawn[reveal] = draw(token_probs(candidates, temperature, top_p), u_token[reveal]).to(x.dtype)
-        del logits
-
-        if order == "confidence":  # of all that was drawn, keep what the model thinks likeliest
-            confidence = x0_prev.gather(-1, torch.where(masked, drawn, 0)[..., None].long())[..., 0]  # [B, L]
-            confidence = confidence.masked_fill(~masked, -1)
-            rank = confidence.argsort(dim=-1, descending=True, stable=True).argsort(-1)  # 0 = the surest
+        if order == "confidence":
             left = ((1 - schedule.alpha(s)) * blanks).round()  # [B, 1] masks that the schedule leaves at s
-            reveal = masked & (rank < masked.sum(1, keepdim=True) - left)
+            reveal = most_confident(drawn, x0_prev, masked, masked.sum(1, keepdim=True) - left)
         x = torch.where(reveal, drawn, x)
         if on_step is not None:
             on_step(step, x, x0_prev)
     return x
 
 
+# --- 6. Extensions -----------------------------------------------------------------------------------------
+
+
+def earlier_times(t, L, unroll, generator=None):
+    """Return the k times [B] of the states that a sampler would have visited before t [B]. Ours.
+
+    In sampling the signal comes from the previous, more masked state, and was itself made with a signal. The
+    paper's recipe never shows the model such a signal in training. Here k is uniform in 1..unroll, and the
+    times are t + i/T for i = k..1, where T is the number of sampling steps, log-uniform in L/4..4L. Times
+    above 1 lie before the first step. The idea of unrolled training is SUNDAE's (Savinov et al. 2022, arXiv
+    2112.06749). Draws: k (1,), then T (B,).
+    """
+    k = 1 + int(unroll * uniform((1,), t.device, generator))  # one for the batch
+    T = L * 4 ** (2 * uniform(t.shape, t.device, generator) - 1)  # [B]
+    return [t + i / T for i in range(k, 0, -1)]
+
+
 @torch.no_grad()
 def sampler_bound(denoiser, x0, mask_id, steps, *, frozen=None, schedule=LINEAR, generator=None):
-    """Estimate of the bound on -log p(x0) under `sample(..., steps)`. [B], nats per sequence. Ours.
+    """Return an estimate of the bound on -log p(x0) under `sample(..., steps)`. [B], nats per sequence. Ours.
 
-    diffusion_loss says what the denoiser can do; this says what the sampler does, with its few steps and
-    its carried signal (order="random", temperature 1). It is computed on given data, so that sharper
-    samples cannot better it. It walks the sampler's own path to x0, with nested masks from one u. At each
-    call a mask would be revealed with probability unmask_prob(s, t) and then cost -log p(x0_i): every mask
-    is charged that expectation.
+    diffusion_loss bounds what the denoiser could do with a signal made as in training. This bounds what the
+    sampler does with its few steps and its carried signal (random order, temperature 1). It is computed on
+    given data, so sharper samples cannot improve it.
 
-    In the mean it is the mean over orders of revealing of -log p(x0 | order), which is far above -log p(x0)
-    if the model settles early, on something else in each order: data/likelihood.py comes closer.
+    It walks the sampler's own path: one u [B, L] per position gives nested masks, and the signal is carried
+    from step to step. At each step a masked position would be revealed with probability unmask_prob(s, t) and
+    would then cost -log p(x0_i); it is charged that expectation. On average this is the mean of
+    -log p(x0 | order) over all orders, which is far above -log p(x0) for a model that settles early on
+    something else in each order.
+    Raises ValueError for steps < 1 or a mask among the free tokens of x0. Draws: masks (B, L).
     """
+    expect(steps >= 1, f"steps is {steps}, expected 1 or more")
+    expect_tokens(x0, mask_id, frozen)
     u = uniform(x0.shape, x0.device, generator)  # [B, L]
     bound, x0_prev = 0, None
     for step in range(steps):
         t, s = (torch.tensor(1 - k / steps, dtype=u.dtype, device=u.device) for k in (step, step + 1))
-        xt = mask_tokens(x0, u, t, mask_id, frozen, schedule)  # [B, L]
+        xt = q_sample(x0, t, mask_id, u=u, frozen=frozen, schedule=schedule)  # [B, L]
+        masked = xt != x0  # [B, L]
         logits = denoiser(xt, x0_prev)  # [B, L, V]
-        cost = masked_nll(logits, x0, xt == mask_id, mask_id)  # [B]
+        cost = masked_nll(logits, x0, masked, mask_id)  # [B]
         bound = bound + unmask_prob(s, t, schedule).to(cost.dtype) * cost
         x0_prev = without_mask(logits, mask_id).softmax(-1)
     return bound
 
 
-# --- 6. Save and load -------------------------------------------------------------------------------------
+def most_confident(drawn, x0_prev, masked, count):
+    """Return the `count` [B, 1] masked positions [B, L] whose drawn tokens are most likely by x0_prev.
+
+    This is MaskGIT's order (arXiv 2202.04200) without the noise that it adds. It prefers what is safe: fewer
+    rules are broken, but text repeats itself. Of equal positions the first comes first.
+    """
+    confidence = x0_prev.gather(-1, torch.where(masked, drawn, 0)[..., None].long())[..., 0]  # [B, L]
+    confidence = confidence.masked_fill(~masked, -1)  # below any probability, even one that underflows to 0
+    rank = confidence.argsort(dim=-1, descending=True, stable=True).argsort(-1)  # 0 is the most confident
+    return masked & (rank < count)
+
+
+# --- 7. Files ----------------------------------------------------------------------------------------------
 
 
 def save(path, model, **info):
-    """Write a Transformer and any metadata (`info`: JSON values) to one .npz.
+    """Write a Transformer and any metadata (`info`: JSON values) to one .npz, which numpy alone can read.
 
-    The metadata that it was loaded with are kept. One array for each parameter, under its PyTorch name and
-    in its own precision (bfloat16, which numpy lacks, as float32; model.half() makes a small file), and
-    `header`: config and info, UTF-8 JSON as a uint8 array. Written under another name and then renamed, so
-    that a crash leaves an older file whole. Raises OSError if it cannot be written.
+    There is one array for each parameter, under its PyTorch name and in its own precision (bfloat16, which
+    numpy lacks, becomes float32). `header` is UTF-8 JSON in a uint8 array: the config, and info added to what
+    the model was loaded with. The file is written under another name and then renamed, so that a crash leaves
+    an older file whole. Raises OSError if it cannot be written.
     """
-    arrays = {}
+    header = json.dumps({"config": asdict(model.config), "info": model.info | info}, ensure_ascii=False)
+    arrays = {"header": np.frombuffer(header.encode("utf-8"), dtype=np.uint8)}
     for name, p in model.state_dict().items():
         arrays[name] = (p.float() if p.dtype == torch.bfloat16 else p).cpu().numpy()
-    header = json.dumps({"config": asdict(model.config), "info": model.info | info}, ensure_ascii=False)
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as f:
-            np.savez(f, header=np.frombuffer(header.encode("utf-8"), dtype=np.uint8), **arrays)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError as e:  # a full disk does not say for which file
-        raise OSError(e.errno, e.strerror, os.fspath(path)) from None
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)
+        temporary.replace(path)
     finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
 
 
 def load(path, device="cpu"):
-    """Read a Transformer from an .npz, in float32; model.info is what `save` was given. Never unpickles.
+    """Read a Transformer from an .npz, in float32. model.info is the metadata that `save` was given.
 
-    Raises ValueError, in one line, for a file that is missing, damaged, or not one of ours.
+    Nothing in the file is executed, and no random numbers are drawn. Raises OSError for a file that cannot be
+    opened, and ValueError for one that is damaged, is no model, or lacks an array, which is then named.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        header = arrays.pop("header")  # uint8; in files of the first version a Unicode string
+        header = arrays.pop("header")  # uint8, or a Unicode string in the oldest files
         header = json.loads(header.tobytes().decode("utf-8") if header.dtype == np.uint8 else str(header))
-        model = Transformer(Config(**header["config"]))
-        model.load_state_dict({name: torch.from_numpy(a.astype(np.float32)) for name, a in arrays.items()})
-        model.info = dict(header["info"])
-    except (FileNotFoundError, PermissionError) as e:
-        raise ValueError(f"{path}: {e.strerror}") from None
-    except Exception as e:  # a damaged zip raises nearly anything
-        raise ValueError(f"{path}: not a model file, or a damaged one ({type(e).__name__})") from None
+        config, info = Config(**header["config"]), dict(header["info"])
+    except OSError:
+        raise
+    except Exception as error:  # a damaged zip raises nearly anything
+        raise ValueError(f"{path}: not a model file, or a damaged one ({type(error).__name__})") from None
+    with torch.device("meta"):  # only shapes, no random weights
+        model = Transformer(config)
+    weights = {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items()}
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    model.info = info
     return model.to(device)

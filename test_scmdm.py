@@ -1,14 +1,14 @@
-"""The specification of SCMDM, executable: each test's docstring is one rule.
+"""The specification of SCMDM, executable. The docstring of each test is one rule.
 
-    python -m pytest                  all of it; tests of a GPU say that they were skipped where there is none
-    python test_scmdm.py              write data/golden.npz again (only if the arithmetic is meant to change)
+    python -m pytest -q           all of it, and the study's; tests of a GPU say when they are skipped
+    python test_scmdm.py          write data/golden.npz again (only if the arithmetic is meant to change)
 
-    1. oracles        a world so small that every sequence, mask and path can be enumerated
-    2. the process    masking, the loss and the sampler, for any model
-    3. the method     what self-conditioning must and must not do
-    4. the model      against NumPy, written from the equations (data/golden.py); golden values
-    5. README.md      its snippet, its recipe for a foreign model and its numbers, as they are printed there
-    6. engineering    files, training, data, the command lines
+    1. Oracles        a world so small that every sequence, mask and path can be enumerated
+    2. The process    masking, the loss and the sampler, for any denoiser
+    3. The method     what self-conditioning must and must not do
+    4. The model      against NumPy, written from the equations (data/golden.py); golden values
+    5. Documents      the code and the numbers in README.md and data/PORTING.md, as they are printed there
+    6. Programs       files, training, data, the command lines
 """
 
 import contextlib
@@ -20,8 +20,10 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -29,7 +31,9 @@ import sys
 import time
 import types
 import zipfile
+import zlib
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -44,9 +48,10 @@ import data
 import sample as sample_py
 import scmdm
 import train as train_py
-from data import dna, golden, likelihood, measures, results, sudoku, terminal, variants
+from data import dna, golden, images, molecules, sudoku, terminal, text
+from data.film import PAPER, film
 from scmdm import COSINE, LINEAR, Config, SelfConditioning, Transformer, add_self_conditioning, diffusion_loss
-from scmdm import load, q_sample, sample, sampler_bound, save, unmask_prob
+from scmdm import load, make_signal, q_sample, sample, sampler_bound, save, unmask_prob
 
 settings.register_profile("spec", derandomize=True, deadline=None, max_examples=30, database=None)
 settings.load_profile("spec")
@@ -144,23 +149,19 @@ def first_steps(n, denoiser, canvas, mask_id, steps, generator):
     return stop.value.value
 
 
-@contextlib.contextmanager
-def replay(*uniforms):
-    """Within it the randomness is these arrays, one for each draw, each of the shape that is asked for."""
-    stack = [torch.as_tensor(u) for u in uniforms]
+class Replay:
+    """A generator that gives these arrays, one for each draw, each of the shape that is asked for."""
 
-    def uniform(shape, device, generator=None):
-        assert stack[0].shape == shape
-        return stack.pop(0)
+    def __init__(self, *uniforms):
+        self.rest = [torch.as_tensor(u) for u in uniforms]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scmdm, "uniform", uniform)
-        yield
-    assert not stack, "fewer draws were made"
+    def __call__(self, shape):
+        assert self.rest[0].shape == tuple(shape)
+        return self.rest.pop(0)
 
 
 # =============================================================================================
-# 1. Oracles: a world of V tokens and L positions, all V^L sequences of it enumerated
+# 1. Oracles: a world of V tokens and L positions, with all V^L sequences enumerated
 # =============================================================================================
 
 
@@ -189,7 +190,7 @@ class World:
 
 
 def two_pass(denoiser):
-    """What SCMDM's second pass computes: a denoiser of xt alone again, so the sums below apply to it."""
+    """Both passes of SCMDM as one denoiser of xt alone, so that the sums below apply to it."""
     return lambda xt, _=None: denoiser(xt, denoiser(xt, None).float().softmax(-1))
 
 
@@ -224,11 +225,11 @@ def any_order_nll(denoiser, X, V):
 
 
 def sampler_paths(denoiser, X, V, steps, schedule=LINEAR):
-    """The probability [P] of each path (at which call is each position revealed?) and its cost to each of the
-    sequences [N, P]: p(x) under `sample` sums probability * exp(-cost), the bound probability * cost."""
+    """The probability [P] of each path (at which step is each position revealed?) and its cost to each
+    sequence [N, P]. p(x) under `sample` sums probability * exp(-cost); the bound sums probability * cost."""
     L = X.shape[1]
     paths = torch.tensor(list(itertools.product(range(steps), repeat=L)))  # [P, L]
-    masked = 1 - schedule.alpha(1 - torch.arange(steps + 1).double() / steps)  # share masked before each call
+    masked = 1 - schedule.alpha(1 - torch.arange(steps + 1).double() / steps)  # share masked before each step
     weight = (masked[:-1] - masked[1:])[paths].prod(1)  # [P]
     rows, when = X.repeat_interleave(len(paths), 0), paths.repeat(len(X), 1)  # [N * P, L]
     cost, x0_prev = torch.zeros(len(rows), dtype=torch.float64), None
@@ -335,33 +336,17 @@ def test_sampler_bound_is_exact(V, L, steps, signal, schedule):
     vanilla = ignoring_signal(full)
     denoiser = full if signal else vanilla
     weight, cost = sampler_paths(denoiser, X, V, steps, schedule)
-    # for each path the u that follow it: masked at the call that reveals, and no longer at the next
+    # for each path the u that follow it: masked at the step that reveals, and no longer at the next
     masked = 1 - schedule.alpha(1 - torch.arange(steps + 1).double() / steps)
     u = torch.tensor(list(itertools.product((masked[:-1] + masked[1:]) / 2, repeat=L)))  # [P, L]
-    with replay(u.repeat(len(X), 1)):
-        found = sampler_bound(denoiser, X.repeat_interleave(len(u), 0), V, steps, schedule=schedule)
+    options = {"schedule": schedule, "generator": Replay(u.repeat(len(X), 1))}
+    found = sampler_bound(denoiser, X.repeat_interleave(len(u), 0), V, steps, **options)
     found = found.double().view(len(X), -1) @ weight
     assert torch.allclose(found, cost @ weight, atol=1e-5)
     assert (found >= -((-cost).exp() @ weight).log() - 1e-5).all()
     if signal and steps > 1:
         weight, cost = sampler_paths(vanilla, X, V, steps, schedule)
         assert ((found - cost @ weight).abs() > 1e-3).any(), "the signal must matter here"
-
-
-def test_the_likelihood_of_all_orders_is_exact():
-    """data.likelihood: the cost of each order is exact, of all orders -log p(x); fewer orders give more."""
-    X, denoiser = World(3, 3, 0).X, toy(3, 3, scale=1.0)
-    weight, cost = sampler_paths(denoiser, X, 3, 4)
-    u = torch.tensor(list(itertools.product([0.875, 0.625, 0.375, 0.125], repeat=3)))  # [64, L]
-    with replay(u.double().repeat(len(X), 1)):
-        found = likelihood.cost_of_an_order(denoiser, X.repeat_interleave(len(u), 0), 3, 4)
-    costs = found.view(len(X), -1).T  # [64, N]
-    assert torch.allclose(costs, cost.T, atol=1e-5)
-    exact = -((-cost).exp() @ weight).log()
-    bounds = [likelihood.of_m_orders(costs, m) for m in (1, 2, 8, 64)]
-    assert torch.allclose(bounds[0], cost @ weight, atol=1e-5)
-    assert torch.allclose(bounds[-1], exact, atol=1e-5)
-    assert all((fewer >= more - 1e-9).all() for fewer, more in zip(bounds, bounds[1:]))
 
 
 def test_rare_tokens_come_out_at_their_rate():
@@ -399,7 +384,7 @@ def test_chapman_kolmogorov(schedule, times):
 
 
 # =============================================================================================
-# 2. The process: masking, the loss, the sampler, for any model
+# 2. The process: masking, the loss and the sampler, for any denoiser
 # =============================================================================================
 
 
@@ -434,23 +419,21 @@ def test_masking_rate(schedule):
     assert ((pairs - p**2).abs() < 5 * (p**2 * (1 - p**2) / (N / 2)).sqrt()).all()
 
 
-def test_times_are_spread_evenly():
-    """The times of a batch are t_b = (u + b/B) mod 1, one in each of B equal bins, never below the floor."""
-    seen, x0 = [], torch.zeros(16, 3, dtype=torch.long)
-    schedule = scmdm.Schedule(lambda t: (seen.append(t.clone()), 1 - t)[1], LINEAR.dalpha)
-    for seed in range(20):
-        diffusion_loss(flat(2), x0, 2, schedule=schedule, generator=rng(seed))
-        t = seen[0].flatten()
-        seen.clear()
-        assert sorted((t * 16).long().tolist()) == list(range(16))
-        gap = t - t[0] - torch.arange(16) / 16  # whole numbers, but for the floor
-        assert (gap - gap.round()).abs().max() <= 1e-3 and t.min() >= 1e-3
+@given(st.integers(1, 9), st.floats(0, 1, exclude_max=True), schedules)
+def test_times_are_spread_evenly(B, u, schedule):
+    """The times of a batch are t_b = (u + b/B) mod 1, from one draw u, and never below the floor."""
+    zeros = torch.zeros(B, 2, dtype=torch.float64)  # these uniforms mask everything at any time
+    generator = Replay(torch.tensor([u], dtype=torch.float64), zeros, zeros[:, 0])
+    loss = diffusion_loss(flat(3), zeros.long(), 3, schedule=schedule, generator=generator)  # [B]
+    t = ((u + torch.arange(B).double() / B) % 1).clamp(min=1e-3)
+    weight = -schedule.dalpha(t) / (1 - schedule.alpha(t))
+    assert torch.allclose(loss.double(), weight * 2 * math.log(3), rtol=1e-4)
 
 
 def test_small_times_are_floored():
-    """The weight never exceeds 1 / 0.001, also for times that are given, used as they are above the floor."""
+    """The weight never exceeds 1 / 0.001. Times that are given are used as they are above that floor."""
     x0 = torch.zeros(20000, 1, dtype=torch.long)
-    for t, weights in ((0.0, [0, 1000]), (0.5, [0, 2]), (1.0, [1])):  # of log 2: what is masked, what is not
+    for t, weights in ((0.0, [0, 1000]), (0.5, [0, 2]), (1.0, [1])):  # times log 2: not masked, masked
         loss = diffusion_loss(flat(2), x0, 2, t=torch.full((len(x0),), t), generator=rng(0))
         assert (loss.unique() / math.log(2)).tolist() == pytest.approx(weights, rel=1e-4)
 
@@ -475,10 +458,11 @@ def test_loss_is_finite_and_per_sequence(size, seed, schedule, rate, unroll, sca
 
 @given(sizes, seeds, st.sampled_from(["loss", "unrolled", "bound"]))
 def test_frozen_positions_are_never_scored(size, seed, kind):
-    """A frozen position reaches the denoiser as it is, and has no part in loss or bound."""
+    """A frozen position reaches the denoiser as it is, even a mask, and has no part in loss or bound."""
     B, L, V = size
     x0 = torch.randint(V, (B, L), generator=rng(seed))
     frozen = torch.rand(B, L, generator=rng(seed)) < 0.5
+    x0[frozen & (torch.rand(B, L, generator=rng(seed + 1)) < 0.3)] = V  # the mask, as in the text "[MASK]"
     spy = Spy(lambda xt, p: torch.where(frozen[..., None], math.nan, toy(V)(xt, None)))
     kw = dict(frozen=frozen, generator=rng(seed))
     if kind == "bound":
@@ -491,8 +475,8 @@ def test_frozen_positions_are_never_scored(size, seed, kind):
 
 @given(sizes, seeds, schedules, st.integers(1, 12), orders, st.sampled_from([0, 0.5, 1, 2]))
 def test_sampler_rules(size, seed, schedule, steps, order, temperature):
-    """Exactly `steps` calls; prompts come back as they are; a revealed token never changes; no mask is left,
-    also for steps > L; a row does not depend on the others."""
+    """The denoiser is called exactly `steps` times. Prompts come back as they are, a revealed token never
+    changes, no mask is left, also for steps > L, and a row does not depend on the others."""
     B, L, V = size
     canvas = torch.randint(V, (B, L), generator=rng(seed))
     canvas[torch.rand(B, L, generator=rng(seed)) < 0.6] = V
@@ -540,8 +524,7 @@ def test_sampler_is_the_plain_one(size, seed, schedule, steps, order, temperatur
     us = torch.rand(steps, 2, B, L, dtype=torch.float64, generator=rng(seed))
     canvas = torch.where(torch.rand(B, L, generator=rng(seed + 1)) < 0.8, mask_id, 0)
     rest = dict(temperature=temperature, top_p=top_p, order=order, schedule=schedule)
-    with replay(*us.flatten(0, 1)):
-        x = sample(denoiser, canvas, mask_id, steps, **rest)
+    x = sample(denoiser, canvas, mask_id, steps, generator=Replay(*us.flatten(0, 1)), **rest)
     assert torch.equal(x, plain_sample(denoiser, canvas, mask_id, us, **rest))
 
 
@@ -592,15 +575,16 @@ def test_temperature_shapes_the_draw(temperature):
     assert_fits(count(x, 4), (logits / temperature).softmax(-1))
 
 
-@given(st.integers(1, 8), seeds, st.floats(0.01, 1.0))
-def test_top_p_keeps_the_smallest_nucleus(V, seed, top_p):
-    """top_p keeps the likeliest tokens, as few as have a mass of top_p and at least one, in proportion."""
+@given(st.integers(1, 8), seeds, st.floats(0.01, 1.0), st.sampled_from([0.5, 1.0, 2.0]))
+def test_top_p_keeps_the_smallest_nucleus(V, seed, top_p, temperature):
+    """top_p keeps the likeliest tokens after the temperature, as few as have that mass, in proportion."""
     logits = torch.randn(1, 1, V, generator=rng(seed), dtype=torch.float64) * 2
-    p, kept = logits.softmax(-1)[0, 0], scmdm.token_probs(logits, 1.0, top_p)[0, 0]
+    p = (logits / temperature).softmax(-1)[0, 0]
+    kept = scmdm.token_probs(logits, temperature, top_p)[0, 0]
     order = p.argsort(descending=True)
     smallest = next((k for k in range(1, V) if p[order[:k]].sum() >= top_p), V)
     assert torch.equal((kept > 0).nonzero()[:, 0], order[:smallest].sort().values)
-    assert torch.allclose(kept[kept > 0], p[kept > 0])
+    assert torch.allclose(kept[kept > 0], p[kept > 0])  # the cumulative sum divides them by their mass later
 
 
 @given(st.integers(1, 6), seeds)
@@ -647,23 +631,119 @@ def test_mask_among_the_tokens(size, seed, mask_id, order):
     assert all((p[..., mask_id] == 0).all() for p in signals if p is not None), "the mask was fed back"
 
 
-def test_a_setting_without_sense_is_refused():
-    """A setting that makes no sense is refused by its name, before any call of the model."""
-    x = torch.full((1, 2), 3)
-    for name, values in dict(steps=[0], temperature=[-1, math.nan], top_p=[0, 1.1], order=["best"]).items():
-        for value in values:
-            with pytest.raises(ValueError, match=f"^{name} is "):
-                sample(None, x, 3, **{"steps": 1, name: value})
-    with pytest.raises(ValueError, match="^self_cond_rate is "):
-        diffusion_loss(None, x, 3, self_cond_rate=1.1)
+CARELESS = {  # the result of each call would be silently wrong: {what the message says: the call}
+    "steps is 0": lambda x: sample(None, x, 3, 0),
+    "temperature is -1": lambda x: sample(None, x, 3, 1, temperature=-1),
+    "temperature is nan": lambda x: sample(None, x, 3, 1, temperature=math.nan),
+    "top_p is 0": lambda x: sample(None, x, 3, 1, top_p=0),
+    "top_p is 1.1": lambda x: sample(None, x, 3, 1, top_p=1.1),
+    "order is 'best'": lambda x: sample(None, x, 3, 1, order="best"),
+    "mask_id is -1": lambda x: sample(None, x, -1, 1),
+    "mask_id is -2": lambda x: sampler_bound(None, x, -2, 1),
+    "mask_id is -3": lambda x: diffusion_loss(None, x, -3),
+    "mask_id is -4": lambda x: q_sample(x, 0.5, -4),
+    "mask_id is -5": lambda x: SelfConditioning(torch.nn.Embedding(4, 2), -5),
+    "self_cond_rate is 1.1": lambda x: diffusion_loss(None, x, 3, self_cond_rate=1.1),
+    "unroll is 0": lambda x: diffusion_loss(None, x, 3, unroll=0),
+    r"t has shape \[2, 1\]": lambda x: diffusion_loss(None, x, 3, t=torch.ones(2, 1)),
+    r"t has shape \[1, 2\]": lambda x: q_sample(x, torch.ones(1, 2), 3),
+    r"t is outside \[0, 1\]": lambda x: diffusion_loss(None, x, 3, t=torch.tensor([0.5, 1.5])),
+    r"t is outside \[0, 1\]$": lambda x: q_sample(x, math.nan, 3),
+    r"u has shape \[2\]": lambda x: q_sample(x, 0.5, 3, u=torch.rand(2)),
+    "steps is -1": lambda x: sampler_bound(None, x, 3, -1),
+    "x0 contains the mask, 2, at a position that is not frozen": lambda x: diffusion_loss(None, x, 2),
+    "x0 contains the mask, 2": lambda x: sampler_bound(None, x, 2, 1, frozen=x == 1),
+}
+
+
+@pytest.mark.parametrize("message", CARELESS)
+def test_careless_calls_are_refused(message):
+    """A call whose result would be silently wrong is a ValueError, before the model is called."""
+    with pytest.raises(ValueError, match=f"^{message}"):
+        CARELESS[message](torch.tensor([[1, 2, 0], [1, 1, 1]]))
 
 
 @pytest.mark.parametrize("order", ["random", "confidence"])
+@pytest.mark.parametrize("step", [0, 1])
 @pytest.mark.parametrize("wrong", [[0, math.nan, 0], [0, math.inf, 0], [-math.inf] * 3])
-def test_logits_that_are_no_distribution_are_not_silent(wrong, order):
-    """A denoiser that gives NaN, +inf, or -inf for every token gets an error, not masks in the result."""
-    with pytest.raises(ValueError, match="NaN or infinite at step 0"):
-        sample(fixed(torch.tensor(wrong)), torch.full((2, 4), 3), 3, 2, order=order)
+def test_logits_that_are_no_distribution_are_not_silent(wrong, step, order):
+    """A denoiser that gives NaN, +inf, or -inf for every token, at any step, gets an error."""
+    logits = iter([torch.zeros(3)] * step + [torch.tensor(wrong)])
+    with pytest.raises(ValueError, match=f"NaN or infinite logits at step {step}"):
+        sample(lambda xt, x0_prev: next(logits).expand(2, 4, 3), torch.full((2, 4), 3), 3, 2, order=order)
+
+
+@pytest.mark.parametrize("order", ["random", "confidence"])
+def test_a_denoiser_may_write_into_its_input(order):
+    """A denoiser that overwrites xt changes neither the prompt nor the loss nor the bound."""
+    clean = toy(3)
+
+    def careless(xt, x0_prev):
+        logits = clean(xt, x0_prev)
+        xt.fill_(0)
+        return logits
+
+    canvas = torch.tensor([[1, 3, 3, 2], [3, 2, 3, 3]])
+    given_ = canvas != 3
+    x = sample(careless, canvas, 3, 4, order=order, generator=rng(0))
+    assert torch.equal(x, sample(clean, canvas, 3, 4, order=order, generator=rng(0)))
+    assert torch.equal(x[given_], torch.tensor([1, 2, 2]))
+    for score in (functools.partial(diffusion_loss, unroll=3), functools.partial(sampler_bound, steps=3)):
+        assert torch.equal(*(score(f, x, 3, generator=rng(0)) for f in (careless, clean)))
+
+
+def test_confidence_order_fills_all_even_if_probabilities_underflow():
+    """A drawn token whose probability is 0 in float32 still comes before any visible position."""
+    canvas = torch.tensor([[0, 0, 2, 2, 2], [2, 2, 0, 2, 0]])
+    steep = fixed(torch.tensor([0.0, -200.0]))  # exp(-200) is 0 in float32
+    x = sample(steep, canvas, 2, 3, order="confidence", temperature=1e4, generator=rng(0))
+    assert (x < 2).all() and (x == 1).any()
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_another_default_dtype(tmp_path):
+    """With float64 as torch's default the loss, the bound and a loaded model are what they are in float32."""
+    save(tmp_path / "m.npz", tiny(adapted=True))
+    x0 = torch.randint(5, (3, 6), generator=rng(0))
+
+    def values():
+        model = load(tmp_path / "m.npz")
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+        kw = dict(generator=rng(1))
+        return diffusion_loss(model, x0, 5, unroll=3, **kw), sampler_bound(model, x0, 5, 4, **kw)
+
+    expected = values()
+    with default_dtype(torch.float64):
+        found = values()
+    assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(found, expected))
+
+
+def test_half_precision_models():
+    """A bfloat16 model is sampled from, scored and trained; loss and bound are near those of float32."""
+    model = tiny(adapted=True)
+    low = copy.deepcopy(model).bfloat16()
+    x0 = torch.randint(5, (64, 6), generator=rng(0))
+    for score in (functools.partial(diffusion_loss, unroll=3), functools.partial(sampler_bound, steps=4)):
+        exact, rough = (score(f, x0, 5, generator=rng(1)).mean() for f in (model, low))
+        assert rough.dtype == torch.float32 and abs(rough - exact) < 0.05 * exact
+    diffusion_loss(low, x0, 5, generator=rng(1)).mean().backward()
+    assert low.self_conditioning.W.grad.dtype == torch.bfloat16 and low.self_conditioning.W.grad.any()
+    assert sample(low, torch.full((2, 6), 5), 5, 4).max() < 5
+
+
+def test_uniforms_are_fine_and_angles_exact():
+    """Uniforms have float64's resolution; rotary angles are exact far into a sequence, whatever the model's
+    precision."""
+    u = scmdm.uniform((1000,), "cpu", rng(0))
+    assert u.dtype == torch.float64 and not torch.equal(u, u.float().double())
+    x = torch.randn(1, 1, 1000, 16, generator=rng(0))
+    assert (scmdm.rotate(x.bfloat16()).float() - scmdm.rotate(x)).abs().max() < 0.05
 
 
 class Alive(TorchDispatchMode):
@@ -720,7 +800,7 @@ def test_sampling_keeps_no_graph():
 
 @given(seeds, st.floats(0.1, 1e4))
 def test_adapted_equals_base(seed, scale):
-    """Before its first step the adapted model is the pretrained one, bit for bit, for any signal."""
+    """Before its first iteration the adapted model is the pretrained one, bit for bit, for any signal."""
     base = tiny(seed=seed)
     adapted = add_self_conditioning(base)
     assert base.config.self_conditioning is False and adapted.config.self_conditioning is True
@@ -739,7 +819,9 @@ def test_the_cost_is_one_matrix():
     assert set(adapted.state_dict()) - set(base.state_dict()) == {"self_conditioning.W"}
     assert set(base.state_dict()) <= set(adapted.state_dict())
     assert adapted.self_conditioning.W.shape == (16, 16) and not adapted.self_conditioning.W.any()
-    assert [p.shape for p in SelfConditioning(torch.nn.Embedding(9, 4), 8).parameters()] == [(4, 4)]
+    for dtype in (torch.float64, torch.bfloat16):
+        (W,) = SelfConditioning(torch.nn.Embedding(9, 4, dtype=dtype, device="meta"), 8).parameters()
+        assert W.shape == (4, 4) and W.dtype == dtype and W.device.type == "meta", "as the embedding"
     for model in (adapted, copy.deepcopy(adapted), copy.deepcopy(adapted).double()):
         assert model.self_conditioning.shared[0] is model.embed
     for wrong in (adapted, tiny(causal=True)):
@@ -782,8 +864,8 @@ def test_one_hot_signal_embeds_as_that_token(seed, V):
 
 
 @given(sizes, seeds, st.integers(1, 6), st.floats(0, 2))
-def test_each_call_gets_the_prediction_of_the_call_before(size, seed, steps, temperature):
-    """Call 0 of the sampler gets no signal, call k the softmax of call k-1's logits, at any temperature."""
+def test_each_step_gets_the_prediction_of_the_step_before(size, seed, steps, temperature):
+    """Step 0 of the sampler gets no signal, step k the softmax of step k-1's logits, at any temperature."""
     B, L, V = size
     spy, shown, canvas = Spy(toy(V, seed)), [], torch.full((B, L), V)
     sample(spy, canvas, V, steps, temperature=temperature, on_step=lambda k, x, p: shown.append((k, p)))
@@ -797,8 +879,8 @@ def test_each_call_gets_the_prediction_of_the_call_before(size, seed, steps, tem
 
 @given(sizes, seeds)
 def test_rate_one_and_rate_zero(size, seed):
-    """Rate 1 gives every sequence its own first prediction, from the same xt; rate 0 makes one call, without
-    signal; both see the same noise."""
+    """Rate 1 gives every sequence its own first prediction, from the same xt. Rate 0 makes one pass, without
+    a signal. Both see the same noise."""
     B, L, V = size
     x0 = torch.randint(V, (B, L), generator=rng(seed))
     full, vanilla = Spy(toy(V, seed)), Spy(toy(V, seed))
@@ -824,18 +906,17 @@ def test_rate_is_a_binomial_fraction(rate, unroll):
 
 
 @given(sizes, seeds, st.integers(2, 6), schedules, st.sampled_from([0.3, 1.0]))
-def test_the_chain_walks_as_the_sampler_does(size, seed, unroll, schedule, rate):
-    """With unroll the signal is made by k passes at the times t + i/T, i = k..1, of one u, each given the one
-    before and the first none; where a time is above 1 there was no call, and the signal is exactly zero."""
+def test_unrolled_passes_walk_as_the_sampler_does(size, seed, unroll, schedule, rate):
+    """With unroll the signal is made by k passes at the times t + i/T, i = k..1, of one u. Each pass is given
+    the prediction of the one before, and the first none. Above time 1 the signal is exactly zero."""
     B, L, V = size
     x0, spy = torch.randint(V, (B, L), generator=rng(seed)), Spy(toy(V, seed))
     shapes = enumerate((B, (B, L), B, 1, B))
     draws = [torch.rand(shape, dtype=torch.float64, generator=rng(seed + i)) for i, shape in shapes]
-    t, u, u_given, u_passes, u_calls = draws
+    t, u, u_given, u_passes, u_steps = draws
     kw = dict(unroll=unroll, self_cond_rate=rate, schedule=schedule)
-    with replay(u, u_given, u_passes, u_calls):
-        loss = diffusion_loss(spy, x0, V, t=t, **kw)
-    k, T = math.floor(unroll * u_passes.item()) + 1, L / 4 * 16**u_calls  # from L/4 to 4L
+    loss = diffusion_loss(spy, x0, V, t=t, generator=Replay(u, u_given, u_passes, u_steps), **kw)
+    k, T = math.floor(unroll * u_passes.item()) + 1, L / 4 * 16**u_steps  # from L/4 to 4L
     t = t.clamp(min=1e-3)
     assert len(spy.xt) == k + 1 and spy.x0_prev[0] is None
     for call, i in enumerate(range(k, -1, -1)):  # the last one, i = 0, is pass 2
@@ -852,48 +933,43 @@ def test_the_chain_walks_as_the_sampler_does(size, seed, unroll, schedule, rate)
     assert torch.allclose(loss / weight, nll, rtol=1e-4, atol=1e-5), "only the last pass is scored"
 
 
-def test_passes_and_calls_are_drawn_evenly():
-    """The number of passes is uniform in 1..unroll, and that of calls log-uniform from L/4 to 4L."""
-    passes, g, x0 = [], rng(0), torch.zeros(1, 2, dtype=torch.long)
+def test_the_example_of_unrolling():
+    """With t = 0.5, T = 10 and k = 3 the passes see the states at 0.8, 0.7 and 0.6; that at 0.5 is scored."""
+    u = torch.linspace(0.05, 0.95, 10, dtype=torch.float64)[None]  # t = 0.8 masks 8 of these 10 positions
+    u_passes, u_steps = torch.tensor([0.3]), torch.tensor([0.5])  # k = 1 + floor(8 * 0.3); T = L
+    spy, x0 = Spy(flat(2)), torch.zeros(1, 10, dtype=torch.long)
+    generator = Replay(u, torch.zeros(1), u_passes, u_steps)
+    diffusion_loss(spy, x0, 2, unroll=8, t=torch.tensor([0.5]).double(), generator=generator)
+    assert [(xt == 2).sum().item() for xt in spy.xt] == [8, 7, 6, 5]
+
+
+def test_passes_and_steps_are_drawn_evenly():
+    """The number of passes is uniform in 1..unroll, and that of sampling steps log-uniform in L/4..4L."""
+    N, L, unroll, g, passes = 4000, 8, 4, rng(0), []
     for _ in range(2000):
-        spy = Spy(flat(2))
-        diffusion_loss(spy, x0, 2, unroll=4, generator=g)
-        passes.append(len(spy.xt) - 1)
+        passes.append(len(scmdm.earlier_times(torch.zeros(1), L, unroll, g)))
     assert_fits(torch.bincount(torch.tensor(passes), minlength=5)[1:], torch.ones(4) / 4)
-    N, L, seen = 4000, 8, []
-    schedule = scmdm.Schedule(lambda t: (seen.append(t.flatten()), 1 - t)[1], LINEAR.dalpha)
-    kw = dict(unroll=2, t=torch.zeros(N), schedule=schedule, generator=rng(1))
-    diffusion_loss(flat(2), torch.zeros(N, L, dtype=torch.long), 2, **kw)
-    nearest = min((times for times in seen if times.min() > 2e-3), key=sum)  # t + 1/T
-    ratio = (1 / (nearest - 1e-3) / L).log() / math.log(4)
-    assert ratio.abs().max() <= 1 + 1e-6
+    nearest = scmdm.earlier_times(torch.zeros(N).double(), L, unroll, g)[-1]  # 1/T
+    ratio = (1 / nearest / L).log() / math.log(4)
+    assert ratio.abs().max() <= 1
     assert_fits(torch.histc(ratio.float(), 10, -1, 1), torch.ones(10) / 10)
 
 
-def test_variants_change_what_they_say():
-    """data/variants.py: its loss is diffusion_loss but for one choice; `learning` changes only gradients."""
-    model, x0 = tiny(adapted=True, length=12), torch.randint(5, (8, 12), generator=rng(0))
-    t = torch.rand(8).double()
+def test_another_way_to_make_the_signal():
+    """diffusion_loss takes the function that makes the signal, which gets t, u and the loss's own options."""
+    V, x0, seen = 3, torch.randint(3, (4, 5), generator=rng(0)), []
 
-    def value_and_gradient(loss, **choice):
-        model.zero_grad()
-        values = loss(model, x0, 5, self_cond_rate=1.0, unroll=4, generator=rng(3), t=t, **choice)
-        values.sum().backward()
-        return values.detach(), model.self_conditioning.W.grad
+    def uniform_signal(denoiser, x0, t, u, mask_id, **options):
+        seen.append((q_sample(x0, t, mask_id, u=u), options["unroll"]))
+        return torch.full((*x0.shape, V), 1 / V)
 
-    value, gradient = value_and_gradient(diffusion_loss)
-    for choice in ({}, {"growing": (itertools.count(99), 100)}):
-        same = value_and_gradient(variants.loss, **choice)
-        assert torch.equal(same[0], value) and torch.equal(same[1], gradient), choice
-    learnt = value_and_gradient(variants.loss, learning=1)
-    assert torch.equal(learnt[0], value) and not torch.allclose(learnt[1], gradient)
-    for choice in ({"calls": 3}, {"growing": (itertools.count(), 100)}):
-        assert not torch.allclose(value_and_gradient(variants.loss, **choice)[0], value), choice
-    soft, plain = (kind(model.embed, 5) for kind in (variants.Softened, SelfConditioning))
-    soft.W.data = plain.W.data = torch.eye(16)
-    xt, signal = torch.full((1, 1), 5), lambda *p: torch.tensor([[[*p, 0, 0, 0]]])
-    assert torch.allclose(soft(xt, signal(0.2, 0.8)), plain(xt, signal(1 / 3, 2 / 3)))
-    assert torch.equal(soft(xt, signal(0.0, 0.0)), torch.zeros(1, 1, 16))
+    spy = Spy(toy(V))
+    diffusion_loss(spy, x0, V, unroll=5, make_signal=uniform_signal, generator=rng(1))
+    assert len(spy.xt) == 1 and (spy.x0_prev[0] == 1 / V).all()
+    assert torch.equal(seen[0][0], spy.xt[0]) and seen[0][1] == 5
+    t, u = torch.rand(4, generator=rng(2)).double(), torch.rand(4, 5, generator=rng(3)).double()
+    first = make_signal(toy(V), x0, t, u, V)
+    assert torch.equal(first, toy(V)(q_sample(x0, t, V, u=u), None).softmax(-1)) and not first.requires_grad
 
 
 @given(seeds, st.sampled_from([0.5, 1.0]), st.sampled_from([1, 4]))
@@ -916,7 +992,7 @@ def test_no_gradient_through_the_signal(seed, rate, unroll):
 
 
 def test_the_new_matrix_learns_at_once():
-    """The zero matrix receives gradient at its first step, at rate 1 and 0.5, with one pass and more."""
+    """The zero matrix gets a gradient at the first iteration, at rates 1 and 0.5, with one pass and more."""
     for kw in (dict(self_cond_rate=0.5), dict(), dict(unroll=3)):
         model = add_self_conditioning(tiny())
         x0 = torch.randint(5, (16, 6), generator=rng(0))
@@ -963,8 +1039,11 @@ def test_public_names():
         "add_self_conditioning": "(model)",
         "Transformer": "(config)",
         "SelfConditioning": "(embedding, mask_id)",
-        "q_sample": f"(x0, t, mask_id, *, {noise})",
-        "diffusion_loss": f"(denoiser, x0, mask_id, *, self_cond_rate=1.0, unroll=1, {noise}, t=None)",
+        "unmask_prob": "(s, t, schedule=LINEAR)",
+        "q_sample": f"(x0, t, mask_id, *, u=None, {noise})",
+        "make_signal": f"(denoiser, x0, t, u, mask_id, *, unroll=1, {noise})",
+        "diffusion_loss": f"(denoiser, x0, mask_id, *, self_cond_rate=1.0, unroll=1, {noise}, t=None, "
+        "make_signal=make_signal)",
         "sampler_bound": f"(denoiser, x0, mask_id, steps, *, {noise})",
         "sample": "(denoiser, x, mask_id, steps, *, temperature=1.0, top_p=1.0, order='random', "
         "schedule=LINEAR, generator=None, on_step=None)",
@@ -972,7 +1051,8 @@ def test_public_names():
         "load": "(path, device='cpu')",
     }
     for name, signature in expected.items():
-        assert str(inspect.signature(getattr(scmdm, name))).replace(str(LINEAR), "LINEAR") == signature, name
+        found = str(inspect.signature(getattr(scmdm, name))).replace(str(LINEAR), "LINEAR")
+        assert re.sub("<function make_signal .*>", "make_signal", found) == signature, name
     assert Config(3, 4) == Config(3, 4, 128, 4, 4, causal=False, self_conditioning=False, positions=False)
     fields = [field.name for field in dataclasses.fields(Config)]
     assert fields[:5] == ["vocab_size", "length", "dim", "depth", "heads"]
@@ -1047,105 +1127,11 @@ def test_what_does_not_fit_is_refused():
         tiny()(torch.zeros(1, 7, dtype=torch.long))
 
 
-def train_args(resume=False, **kw):
-    """What train_py.optimise wants of the command line."""
-    return types.SimpleNamespace(dtype="float32", compile=False, resume=resume, **kw)
-
-
-def golden_optimiser(model, x0, t, u_mask, u_given):
-    """Three steps of train.py's optimiser, at the same noise each; {name: array}."""
-    model, losses = copy.deepcopy(model), []
-    gradients = {name: [] for name, _ in model.named_parameters()}
-    for name, p in model.named_parameters():  # before they are clipped
-        p.register_post_accumulate_grad_hook(lambda p, kept=gradients[name]: kept.append(p.grad.clone()))
-
-    def loss_of(model, batch, generator):
-        with replay(u_mask, u_given):
-            losses.append(diffusion_loss(model, x0, 5, t=t))
-        return losses[-1]
-
-    args = train_args(batch_size=4, weight_decay=0.05)
-    average = train_py.optimise(model, loss_of, x0.numpy(), args, 3, 1e-2, 0, Path("golden.state"), {})
-    arrays = {"optimiser/loss": torch.stack(losses).mean(1) / x0.shape[1]}
-    arrays |= {f"optimiser/gradient/{name}": torch.stack(kept) for name, kept in gradients.items()}
-    for name in ("embed.weight", "self_conditioning.W", "blocks.0.qkv.weight"):
-        arrays[f"optimiser/live/{name}"] = model.get_parameter(name)
-        arrays[f"optimiser/average/{name}"] = average.get_parameter(name)
-    return arrays
-
-
-def make_golden():
-    """The arrays of data/golden.npz: `check` in data/golden.py says what each is for."""
-    model, rand = tiny(V=5, length=8, seed=1, adapted=True, positions=True), np.random.default_rng(0)
-    w = {name: p.detach().numpy() for name, p in model.state_dict().items()}
-    xt = rand.integers(0, 6, (2, 8))
-    xt[:, ::3] = 5
-    x0_prev = golden.softmax(2 * rand.standard_normal((2, 8, 5))).astype(np.float32)
-    u_given = np.array([0.2, 0.7, 0.4, 0.9])
-    x0, t, u_mask = rand.integers(0, 5, (4, 8)), np.array([0.0004, 0.4, 0.65, 0.9]), rand.random((4, 8))
-    u_mask[0, 3] = 0.0006  # masked only because the first time is raised to the floor
-    canvas = np.full((2, 8), 5)
-    canvas[1, 2:4] = 1, 3
-    u_reveal, u_token = rand.random((2, 6, 2, 8))
-    u_token[5, 0, 2] = 1 - 2**-53  # the last token, in float64 and if the sum is divided by its end
-    u_passes, u_calls = np.array([0.6]), np.array([0.3, 0.1, 0.5, 0.95])  # 3 passes; T from 2.6 to 28
-    u_bound = rand.random((4, 8))
-    noise = torch.tensor(x0), torch.tensor(t)
-    predictions = []
-    with replay(u_mask, u_given):
-        half = diffusion_loss(model, noise[0], 5, t=noise[1], self_cond_rate=0.5)
-    with replay(u_mask, u_given):
-        loss = diffusion_loss(model, noise[0], 5, t=noise[1])
-        loss.mean().backward()
-    with replay(u_mask, u_given, u_passes, u_calls):
-        unrolled = diffusion_loss(model, noise[0], 5, t=noise[1], unroll=4)
-    with replay(*(u for pair in zip(u_reveal, u_token) for u in pair)):
-        tokens = sample(model, torch.tensor(canvas), 5, 6, on_step=lambda k, x, p: predictions.append(p))
-    with replay(u_bound):
-        bound = sampler_bound(model, noise[0], 5, 6)
-    judge = copy.deepcopy(model)
-    for block in judge.blocks:
-        block.causal = True
-    arrays = {"weights/" + name: p for name, p in w.items()}
-    arrays |= {"heads": np.array(2), "forward/xt": xt, "forward/x0_prev": x0_prev}
-    xt, x0_prev = torch.tensor(xt), torch.tensor(x0_prev)
-    arrays |= {"forward/logits_without_signal": model(xt), "forward/logits_with_signal": model(xt, x0_prev)}
-    arrays |= {"forward/logits_causal": judge(xt)}
-    arrays |= {"loss/x0": x0, "loss/t": t, "loss/u_mask": u_mask, "loss/loss": loss}
-    arrays |= {"loss/u_given": u_given, "loss/loss_at_rate_half": half}
-    for name in ("self_conditioning.W", "embed.weight"):  # those that pass 1 could get wrong
-        arrays[f"loss/gradient/{name}"] = model.get_parameter(name).grad
-    arrays |= {"unroll/u_passes": u_passes, "unroll/u_calls": u_calls, "unroll/loss": unrolled}
-    arrays |= {"sample/canvas": canvas, "sample/u_reveal": u_reveal, "sample/u_token": u_token}
-    arrays |= {"sample/x0_prev": torch.stack(predictions), "sample/tokens": tokens}
-    arrays |= {"bound/u": u_bound, "bound/bound": bound}
-    arrays |= golden_optimiser(model, *noise, u_mask, u_given)
-    return {name: a.detach().numpy() if torch.is_tensor(a) else a for name, a in arrays.items()}
-
-
-def test_golden_values_have_not_moved():
-    """This code computes what data/golden.npz says: a port that agrees with the file agrees with the code."""
-    file, arrays = dict(np.load(golden.GOLDEN)), make_golden()
-    assert set(file) == set(arrays)
-    for name, array in arrays.items():
-        scale = max(1, np.abs(array).max())  # a loss at t = 0.001 weighs 1000
-        assert np.allclose(file[name], array, atol=1e-5 * scale, rtol=0), name
-
-
-def test_a_port_can_check_itself_step_by_step(tmp_path, capsys):
-    """The port in plain NumPy, data/golden.py, reproduces all of data/golden.npz, and sees a wrong value."""
-    assert golden.check()
-    assert capsys.readouterr().out.count(": ok, largest difference") == 10
-    arrays = dict(np.load(golden.GOLDEN))
-    arrays["bound/bound"][2] += 0.01
-    np.savez(tmp_path / "other.npz", **arrays)
-    assert not golden.check(tmp_path / "other.npz")
-    wrong = [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
-    assert len(wrong) == 1 and wrong[0].startswith("the sampler's bound: WRONG")
+#GOLDEN-PART
 
 
 # =============================================================================================
-# 5. README.md: what it prints runs
+# 5. Documents: what README.md and data/PORTING.md print runs, and is so
 # =============================================================================================
 
 
@@ -1162,8 +1148,8 @@ def test_the_method_in_readme_runs_as_printed():
     x, x0, f, V = (scope[name] for name in ("x", "x0", "f", "V"))
     assert x.shape == x0.shape and x.max() < V and f.self_conditioning.W.grad is not None
     u = torch.where(scope["xt"] == V, 0.0, 1.0).double()
-    with replay(u, torch.zeros(len(x0))):
-        expected = diffusion_loss(f, x0, V, t=scope["t"][:, 0])
+    replayed = Replay(u, torch.zeros(len(x0)))
+    expected = diffusion_loss(f, x0, V, t=scope["t"][:, 0], generator=replayed)
     assert torch.allclose(scope["loss"], expected.mean(), rtol=1e-4)
 
 
@@ -1256,7 +1242,7 @@ def test_the_hook_of_the_recipe_is_the_same_adapter():
 
 
 # =============================================================================================
-# 6. Engineering: files, training, data, the command lines
+# 6. Programs: files, training, data, the command lines
 # =============================================================================================
 
 
@@ -1264,28 +1250,42 @@ def same_weights(model, other):
     return all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
+@contextlib.contextmanager
+def full_disk(most=2000):
+    """Within it no file can grow beyond `most` bytes, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# --- model files ---
+
+
 @pytest.mark.parametrize("kind", ["vanilla", "adapted", "causal", "half", "bfloat16"])
 def test_save_and_load(tmp_path, kind):
-    """A model comes back bit for bit, in float32, with its config and what was to be remembered."""
+    """A model comes back bit for bit, in float32, with its config and metadata. No random number is drawn."""
     model, path = tiny(adapted=kind == "adapted", causal=kind == "causal"), tmp_path / "m.npz"
     model = model.half() if kind == "half" else model.bfloat16() if kind == "bfloat16" else model
-    save(path, model, vocab=list("añ\n☃é"), steps=3)
+    save(path, model, vocab=list("añ\n☃é"), iters=3)
+    state = torch.get_rng_state()
     again = load(path)
-    assert again.config == model.config and again.info == {"vocab": list("añ\n☃é"), "steps": 3}
+    assert torch.equal(torch.get_rng_state(), state)
+    assert again.config == model.config and again.info == {"vocab": list("añ\n☃é"), "iters": 3}
     assert list(again.state_dict()) == list(model.state_dict())
     assert all(p.dtype == torch.float32 and p.requires_grad for p in again.parameters())
     assert same_weights(model.float(), again)
     x, x0_prev = torch.randint(6, (2, 6), generator=rng(0)), torch.rand(2, 6, 5)
     assert torch.equal(model(x, x0_prev), again(x, x0_prev))
     assert np.load(path)["embed.weight"].dtype == (np.float16 if kind == "half" else np.float32)
-    save(path, again, steps=4)
-    assert load(path).info == {"vocab": list("añ\n☃é"), "steps": 4}, "what was remembered is forgotten"
+    save(path, again, iters=4)
+    assert load(path).info == {"vocab": list("añ\n☃é"), "iters": 4}, "older metadata are forgotten"
     assert [f.name for f in tmp_path.iterdir()] == ["m.npz"], "a temporary file was left"
 
 
 def test_the_header_opens_anywhere(tmp_path):
-    """The header is UTF-8 JSON in a uint8 array, which any language reads; load() reads the Unicode string of
-    older files too, and arrays of the other byte order."""
+    """The header is UTF-8 JSON in a uint8 array, which any language reads. Older files still load: those with
+    a Unicode string for a header, and arrays of the other byte order."""
     path = tmp_path / "m.npz"
     save(path, tiny(), vocab=["ñ", "☃"])
     arrays = dict(np.load(path))
@@ -1302,7 +1302,7 @@ def test_the_header_opens_anywhere(tmp_path):
 
 
 def test_a_file_that_is_no_model_is_refused(tmp_path):
-    """A missing, truncated, foreign or pickled file is refused in one line that names it; nothing is run."""
+    """A truncated, foreign or pickled file is refused in one line that names it, and nothing in it is run."""
     path, ran = tmp_path / "m.npz", tmp_path / "ran"
     save(path, tiny())
     whole = path.read_bytes()
@@ -1311,173 +1311,295 @@ def test_a_file_that_is_no_model_is_refused(tmp_path):
         def __reduce__(self):
             return (ran.touch, ())
 
-    pickled, array, foreign, other = (io.BytesIO() for _ in range(4))
+    pickled, array, foreign = (io.BytesIO() for _ in range(3))
     np.savez(pickled, header=np.array([Hostile()], dtype=object))
     np.save(array, np.zeros(3))
     with zipfile.ZipFile(foreign, "w") as z:
         z.writestr("header", "hello")
-    arrays = dict(np.load(path))
-    np.savez(other, **arrays | {"head.weight": arrays["head.weight"][:2]})
     cases = [b"", b"hello", whole[:100], whole[: len(whole) // 2], whole[:-1]]
-    for content in cases + [f.getvalue() for f in (pickled, array, foreign, other)]:
+    for content in cases + [f.getvalue() for f in (pickled, array, foreign)]:
         path.write_bytes(content)
         with pytest.raises(ValueError, match="m.npz: not a model file") as error:
             load(path)
         assert "\n" not in str(error.value)
     assert not ran.exists(), "the file was unpickled"
-    with pytest.raises(ValueError, match="gone.npz: No such file"):
+    with pytest.raises(FileNotFoundError):
         load(tmp_path / "gone.npz")
 
 
-def full_disk(*_, **__):
-    raise OSError(28, "No space left on device")
+def test_a_missing_or_unexpected_array_is_named(tmp_path):
+    """A file that lacks an array, or has one too many or of another shape, is refused by the array's name."""
+    path = tmp_path / "m.npz"
+    save(path, tiny())
+    whole = dict(np.load(path))
+    short = {"head.weight": whole["head.weight"][:2]}
+    for name, arrays in {
+        "blocks.1.qkv.weight": {k: a for k, a in whole.items() if k != "blocks.1.qkv.weight"},
+        "self_conditioning.W": whole | {"self_conditioning.W": np.zeros((16, 16))},
+        "head.weight": whole | short,
+    }.items():
+        np.savez(path, **arrays)
+        with pytest.raises(ValueError, match=f"m.npz: .*{name}") as error:
+            load(path)
+        assert "\n" not in str(error.value)
 
 
-def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
-    """If writing fails, on a full disk say, the file that was there stays as it was; nothing else is left."""
+def test_a_failed_write_leaves_the_old_file_whole(tmp_path):
+    """If the disk is full, the file that was there stays as it was, and nothing else is left."""
     path = tmp_path / "m.npz"
     save(path, tiny(seed=1))
     before = path.read_bytes()
-    monkeypatch.setattr(np, "savez", lambda f, **arrays: (f.write(b"half of it"), full_disk()))
-    with pytest.raises(OSError, match="No space left on device: .*m.npz"):
+    with full_disk(), pytest.raises(OSError):
         save(path, tiny(seed=2))
     assert path.read_bytes() == before and [f.name for f in tmp_path.iterdir()] == ["m.npz"]
 
 
-def optimise(tmp_path, rate=1.0, unroll=1, loss_of=None, resume=False, lr=1e-2, steps=12, **what):
-    """A short training of a tiny model, adapted if the rate is above 0, on random tokens."""
-    args = train_args(batch_size=4, weight_decay=0.1, resume=resume)
-    stream = np.random.default_rng(0).integers(0, 5, 400)
-    model, state = tiny(seed=4), tmp_path / "rate1.state"
-    model = add_self_conditioning(model) if rate else model
-    loss_of = loss_of or train_py.diffusion_at(rate, unroll)
-    return train_py.optimise(model, loss_of, stream, args, steps, lr, 3, state, {"steps": steps} | what)
+def save_often(path, seed):
+    for _ in range(100):
+        save(path, tiny(seed=seed))
 
 
-def loss_times(factor):
-    """The loss at rate 1, times factor(k, x0, generator) at step k."""
-    steps, plain = itertools.count(), train_py.diffusion_at(1.0)
-    return lambda model, x0, generator: plain(model, x0, generator) * factor(next(steps), x0, generator)
+def test_two_processes_may_save_to_one_path(tmp_path):
+    """Two processes that save to the same path do not disturb each other."""
+    path, context = tmp_path / "m.npz", multiprocessing.get_context("fork")
+    writers = [context.Process(target=save_often, args=(path, seed)) for seed in (1, 2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert any(same_weights(load(path), tiny(seed=seed)) for seed in (1, 2))
+    assert [f.name for f in tmp_path.iterdir()] == ["m.npz"]
+
+
+# --- the training loop ---
+
+
+STREAM = np.random.default_rng(0).integers(0, 5, 400)
+SETTINGS = {"iters": 12, "batch_size": 4, "seed": 3, "dtype": "float32"}
+
+
+def loss_at(rate=1.0, unroll=1):
+    def loss_of(model, x0, generator):
+        return diffusion_loss(model, x0, 5, self_cond_rate=rate, unroll=unroll, generator=generator)
+
+    return loss_of
+
+
+def short_run(folder, loss_of=loss_at(), lr=1e-2, **more):
+    """Train a tiny adapted model for a few iterations. Returns its average."""
+    model, state = tiny(seed=4, adapted=True), folder / "rate1.state"
+    return train_py.fit(model, loss_of, STREAM, state, SETTINGS | more, lr)
+
+
+def loss_but(at, then):
+    """The loss of SCMDM, in which iteration `at` is replaced by what then() gives."""
+    iterations, plain = itertools.count(), loss_at()
+    return lambda *args: plain(*args) * (then() if next(iterations) == at else 1)
+
+
+def interrupt():
+    raise KeyboardInterrupt
 
 
 def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch):
-    """A run that was stopped goes on from its last state to the same weights, bit for bit; a damaged state or
-    that of another run is refused."""
-    whole = optimise(tmp_path)
+    """A run that was stopped goes on from its last state to the same weights, bit for bit."""
+    whole = short_run(tmp_path / "..")
     monkeypatch.setattr(train_py, "STATE_EVERY", 0)
-
-    def stop(step, x0, generator):
-        if step == 5:
-            raise KeyboardInterrupt
-        return 1
-
     with pytest.raises(KeyboardInterrupt):
-        optimise(tmp_path, loss_of=loss_times(stop))
-    assert same_weights(whole, optimise(tmp_path, resume=True))
-    with pytest.raises(SystemExit):
-        optimise(tmp_path, resume=True, base=7)  # what it was made from differs
+        short_run(tmp_path, loss_but(5, interrupt))
+    assert torch.load(tmp_path / "rate1.state", weights_only=True)["iteration"] == 5
+    assert same_weights(whole, short_run(tmp_path))
+
+
+@pytest.mark.parametrize("setting", ["seed", "batch_size", "iters", "dtype", "base"])
+def test_a_state_of_another_run_is_refused(setting, tmp_path):
+    """A state file of other settings is refused by the name of the one that differs; so is a damaged one."""
+    with pytest.raises(KeyboardInterrupt):
+        short_run(tmp_path, loss_but(0, interrupt))
+    with pytest.raises(data.BadInput, match=f"{setting} is .*, now 8"):
+        short_run(tmp_path, **{setting: 8})
     (tmp_path / "rate1.state").write_bytes(b"damaged")
-    with pytest.raises(SystemExit):
-        optimise(tmp_path, resume=True)
+    with pytest.raises(data.BadInput, match="rate1.state: not the state of a run, or a damaged one"):
+        short_run(tmp_path)
 
 
 def test_a_full_disk_does_not_stop_a_run(tmp_path, monkeypatch, capsys):
-    """A state that cannot be written is a warning, and the training goes on to the same end."""
-    whole = optimise(tmp_path)
+    """A state that cannot be written is a warning. Training goes on to the same end, and no rest is left."""
+    whole = short_run(tmp_path / "..")
     monkeypatch.setattr(train_py, "STATE_EVERY", 0)
-    monkeypatch.setattr(torch, "save", full_disk)
-    assert same_weights(whole, optimise(tmp_path))
-    assert "No space left on device" in capsys.readouterr().err
+    with contextlib.ExitStack() as stack:
+        from_now_on = loss_but(5, lambda: stack.enter_context(full_disk()) or 1)
+        assert same_weights(whole, short_run(tmp_path, from_now_on))
+    assert "rate1.state could not be written" in capsys.readouterr().err
+    assert [f.name for f in tmp_path.iterdir()] == ["rate1.state"]
 
 
 def test_a_nan_stops_the_run_and_leaves_a_way_on(tmp_path, monkeypatch):
-    """A gradient that is not finite changes nothing, and the run can go on from its last state."""
+    """A gradient that is not finite changes no weight, and the run can go on from its last state."""
     monkeypatch.setattr(train_py, "STATE_EVERY", 0)
-    nan = loss_times(lambda step, x0, generator: math.nan if step == 6 else 1)
-    with pytest.raises(ValueError, match="stopped at step 6, loss nan; --resume with a lower --lr"):
-        optimise(tmp_path, loss_of=nan)
+    with pytest.raises(data.BadInput, match="the loss became nan at iteration 6; --resume with a lower --lr"):
+        short_run(tmp_path, loss_but(6, lambda: math.nan))
     state = torch.load(tmp_path / "rate1.state", weights_only=True)
-    assert state["step"] == 6 and all(p.isfinite().all() for p in state["model"].values())
-    assert all(p.isfinite().all() for p in optimise(tmp_path, resume=True, lr=1e-3).parameters())
+    assert state["iteration"] == 6 and all(p.isfinite().all() for p in state["model"].values())
+    assert all(p.isfinite().all() for p in short_run(tmp_path, lr=1e-3).parameters())
 
 
-def test_every_step_sees_another_batch_and_other_noise(tmp_path):
-    """No batch and no noise of a run comes twice."""
-    batches, noise = set(), set()
+def test_every_iteration_sees_another_batch_and_other_noise(tmp_path):
+    """No batch and no noise of a run comes twice, over all processes."""
+    batches, noises = set(), set()
+    for k, rank in itertools.product(range(12), range(3)):
+        pick, noise = train_py.generators(3, k, rank, "cpu")
+        batches.add(tuple(torch.randint(400, (4,), generator=pick).tolist()))
+        noises.add(torch.rand(1, generator=noise).item())
+    assert len(batches) == len(noises) == 36
+    other, _ = train_py.generators(4, 0, 0, "cpu")
+    assert tuple(torch.randint(400, (4,), generator=other).tolist()) not in batches
 
-    def remember(step, x0, generator):
-        batches.add(tuple(x0.flatten().tolist()))
-        noise.add(torch.rand(1, generator=generator).item())
-        return 1
 
-    optimise(tmp_path, loss_of=loss_times(remember), steps=12)
-    assert len(batches) == len(noise) == 12
+class OneWeight(torch.nn.Module):
+    """A model of one weight. If that is the loss, each update of AdamW lowers it by the learning rate."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.config = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)), Config(5, 6)
+
+
+def test_the_learning_rate_and_the_average_are_their_formulas(tmp_path):
+    """The learning rate rises over a twentieth of the run, at most 200 iterations, then falls as a cosine.
+    The average forgets the initial weights fast, and later has a decay of 0.999."""
+    seen, iters, lr = [], 1200, 1e-2
+
+    def loss_of(model, x0, generator):
+        seen.append(model.weight.item())
+        return 6 * model.weight.expand(len(x0))  # 6 tokens: the loss per token is the weight
+
+    settings = SETTINGS | {"iters": iters}
+    average = train_py.fit(OneWeight(), loss_of, STREAM, tmp_path / "x.state", settings, lr)
+    k = np.arange(iters)
+    rate = lr * np.minimum((k + 1) / 60, 0.5 * (1 + np.cos(np.pi * k / iters)))
+    assert np.allclose(-np.diff(seen), rate[:-1], rtol=1e-6)
+    expected, weights = 0.0, -np.cumsum(rate)  # after each update
+    for k, weight in enumerate(weights):
+        decay = min(0.999, (k + 1) / (k + 10))
+        expected = decay * expected + (1 - decay) * weight
+    assert average.weight.item() == pytest.approx(expected, rel=1e-6)
+    assert train_py.learning_rate(99, 10000, 1.0) == pytest.approx(0.5)
+    assert train_py.learning_rate(0, 5, 1.0) == 1, "a short run has no warm-up"
 
 
 def test_training_learns(tmp_path):
     """Training lowers the loss: on sequences that count upwards, to nearly what cannot be known."""
-    args, state = train_args(batch_size=32, weight_decay=0.0), tmp_path / "x.state"
     rows = (np.arange(6) + np.arange(5)[:, None]) % 5
     torch.manual_seed(0)
     model = Transformer(Config(5, 6, dim=32, depth=2, heads=2))
-    before = train_py.validate(model, np.repeat(rows, 8, 0))
-    average = train_py.optimise(model, train_py.diffusion_at(0), rows, args, 300, 5e-3, 0, state, {})
-    after = train_py.validate(average, np.repeat(rows, 8, 0))
+    before = train_py.validate(model, np.repeat(rows, 8, 0), 64)
+    settings = SETTINGS | {"iters": 300, "batch_size": 32}
+    average = train_py.fit(model, loss_at(0.0), rows, tmp_path / "x.state", settings, 5e-3)
+    after = train_py.validate(average, np.repeat(rows, 8, 0), 64)
     assert before > 1.4 and after < 1.3 * math.log(5) / 6  # one token tells all: log 5 nats for each sequence
 
 
-ARMS = [(0.0, 1), (0.5, 1), (1.0, 1), (1.0, 4)]  # rate, unroll
+@pytest.mark.parametrize("adapted", [False, True])
+def test_validation_is_the_exact_nelbo(adapted):
+    """validate() estimates the NELBO that enumeration gives, in nats per token, whatever the batch size."""
+    V, L, copies, draws = 2, 3, 300, 9
+    model, X = tiny(V, L, adapted=adapted), World(V, L, 0).X
+    denoiser = two_pass(model) if adapted else model
+    with torch.no_grad():
+        exact = exact_nelbo(denoiser, X, V).mean().item() / L
+        by_mask = []  # what a sequence may cost: its masked positions, over their number
+        for mask in torch.tensor(list(itertools.product([False, True], repeat=L)))[1:]:
+            cost = (nll_of(denoiser(torch.where(mask, V, X), None), X) * mask).sum(1)
+            by_mask.append(cost / mask.sum())
+    sigma = torch.stack(by_mask).std().item() / (len(X) * copies * draws) ** 0.5
+    for batch_size in (64, 7):
+        found = train_py.validate(model, X.repeat(copies, 1).numpy(), batch_size, draws)
+        assert abs(found - exact) < 5 * sigma
 
 
-def train_arms(folder):
-    """What each of several processes does: train every arm; the first process keeps the weights."""
+# --- several processes ---
+
+
+WAYS = [(0.0, 1), (0.5, 1), (1.0, 1), (1.0, 4)]  # rate, unroll
+PER_RANK = 2  # sequences for each of two processes
+
+
+def fit_each_way(folder):
+    """What each process does: train in every way, and keep the weights, which a barrier lets all finish."""
     torch.distributed.init_process_group("gloo")
-    weights = [optimise(Path(folder), *arm).state_dict() for arm in ARMS]
-    if os.environ["RANK"] == "0":
-        torch.save(weights, Path(folder) / "weights.pt")
+    rank, weights = train_py.processes()[0], []
+    for i, way in enumerate(WAYS):
+        model = tiny(seed=4, adapted=way[0] > 0)
+        train_py.fit(model, loss_at(*way), STREAM, Path(folder) / f"{i}.state", SETTINGS, 1e-2)
+        weights.append(model.state_dict())
+    torch.save(weights, Path(folder) / f"rank{rank}.pt")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def test_several_processes_train_the_model_of_one(tmp_path):
-    """Two processes give the weights that one gives with the same global batch, to float error, at any rate
-    and unrolled."""
+def averaged_gradients(rate, unroll, world=2):
+    """The weights that a single process gets if it averages the gradients of `world` ranks."""
+    model = tiny(seed=4, adapted=rate > 0)
+    optimiser, windows = train_py.make_optimiser(model, 1e-2), torch.from_numpy(STREAM).unfold(0, 6, 1)
+    for k in range(SETTINGS["iters"]):
+        optimiser.zero_grad()
+        for rank in range(world):
+            pick, noise = train_py.generators(SETTINGS["seed"], k, rank, "cpu")
+            x0 = windows[torch.randint(len(windows), (PER_RANK,), generator=pick)]
+            (loss_at(rate, unroll)(model, x0, noise).mean() / 6 / world).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimiser.param_groups:
+            group["lr"] = train_py.learning_rate(k, SETTINGS["iters"], 1e-2)
+        optimiser.step()
+    return model.state_dict()
+
+
+def test_several_processes_average_their_gradients(tmp_path):
+    """Two processes hold the same weights, which are those of one process that averages their gradients."""
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 --no-python".split()
-    worker = [sys.executable, "-c", f"import test_scmdm; test_scmdm.train_arms({str(tmp_path)!r})"]
+    worker = [sys.executable, "-c", f"import test_scmdm; test_scmdm.fit_each_way({str(tmp_path)!r})"]
     command = [sys.executable, *torchrun, *worker]
     done = subprocess.run(command, cwd=HERE, env=ONE_THREAD, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for arm, two in zip(ARMS, torch.load(tmp_path / "weights.pt", weights_only=True), strict=True):
-        one = optimise(tmp_path, *arm).state_dict()
-        assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one), arm
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for way, first, second in zip(WAYS, *ranks, strict=True):
+        one = averaged_gradients(*way)
+        assert all(torch.equal(first[name], second[name]) for name in one), way
+        assert all(torch.allclose(one[name], first[name], atol=1e-5) for name in one), way
+        assert not torch.allclose(one["embed.weight"], tiny(seed=4).embed.weight), "nothing was trained"
 
 
-SMALL = "--dim 16 --depth 1 --heads 2 --steps 3 --batch-size 4".split()
+# --- the command lines ---
+
+
+SMALL = "--stage pretrain --dim 16 --depth 1 --heads 2 --iters 3 --batch-size 4".split()
 
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """A folder with a user's own text, and what three steps of each stage made of it."""
+    """A folder with a user's own text, a base, and three iterations of each way to adapt it."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "novel.txt").write_text("a quick brown fox jumps over the lazy dog_\n" * 640)
     common = ["train.py", "--data", str(folder / "novel.txt"), "--length", "24", "--out", str(folder)]
-    adapt = "adapt --steps 3 --batch-size 4 -n 0 --rates 0 0.5 1 --unroll 1 3".split()
+    adapt = "--iters 3 --batch-size 4 -n 0 --rates 0 0.5 1 1 --unroll 1 3".split()
     with pytest.MonkeyPatch.context() as patch:
-        for words in (["pretrain", *SMALL], ["judge", *SMALL], adapt):
-            patch.setattr(sys, "argv", [*common, "--stage", *words])
-            sample_py.run(train_py.main)
+        for words in (SMALL, adapt):
+            patch.setattr(sys, "argv", [*common, *words])
+            terminal.run(train_py.main)
     return folder
 
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """A function that runs a script with a command line, in this process, and expects an exit status; it
-    returns what was printed, by a success to stdout, by a failure to stderr."""
+    """A function that runs a script with a command line, in this process, and expects an exit status. It
+    returns what was printed: by a success to stdout, by a failure to stderr."""
 
     def call(script, *words, status=0):
         monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, words)])
         code = 0
         try:
-            sample_py.run(script.main)
+            terminal.run(script.main)
         except SystemExit as stop:
             code = stop.code
         out, call.err = capsys.readouterr()
@@ -1488,56 +1610,75 @@ def call(monkeypatch, capsys):
 
 
 def first_column(printed):
-    """The first column of the first table in what was printed, without its head."""
-    lines = [line for line in printed.split("\nbound: ")[0].splitlines() if " | " in line]
-    cells = [line.split(" | ")[0].strip() for line in lines]
-    assert cells[:2] == ["model", "-" * max(map(len, cells))]
-    return cells[2:]
+    """The first column of the table in what was printed, without its head."""
+    lines = [line for line in printed.splitlines() if " | " in line]
+    assert lines[0].startswith("model") and lines[1].startswith("---")
+    return [line.split(" | ")[0].strip() for line in lines[2:]]
 
 
-def test_own_text_end_to_end(own, call, monkeypatch, tmp_path):
-    """One's own text is trained on, adapted at every rate, sampled, infilled, filmed, saved and measured."""
-    arms = {"rate0", "rate0.5", "rate0.5-unroll3", "rate1", "rate1-unroll3"}
-    assert {f.stem for f in own.glob("*.npz")} >= {"base", "judge", *arms}
+def test_own_text_end_to_end(own, call, tmp_path):
+    """One's own text is trained on, adapted at every rate, sampled, infilled, filmed, saved and compared."""
+    ways = {"rate0", "rate0.5", "rate0.5-unroll3", "rate1", "rate1-unroll3"}
+    assert {f.name for f in own.iterdir()} == {"novel.txt", "base.npz"} | {f"{way}.npz" for way in ways}
     use = functools.partial(call, sample_py, "--models", own, "--steps", 4)
     film, samples = tmp_path / "x.svg", tmp_path / "x.jsonl"
-    out = use("--prompt", r"fox ____ dog\_", "-n", 3, "--save", samples, "--film", film)
-    assert "base" in out and "SCMDM unroll 3" in out and out.count("fox ") >= 6
+    out = use("--prompt", r"fox ____ dog\_", "-n", 3, "--batch-size", 2, "--save", samples, "--film", film)
+    assert "base" in out and "unroll=3" in out and out.count("fox ") >= 6
     texts = [json.loads(line)["text"] for line in samples.read_text().splitlines()]
     assert len(texts) == 6 and film.read_text().startswith("<svg")
     assert all(text.startswith("fox ") and text[8:13] == " dog_" and len(text) == 24 for text in texts)
     out = use("--prompt", "fox ____ dog", "--length", 12, "-n", 1, "--model", "rate0.5", "--watch")
-    assert "SCMDM rate 0.5" in out and "call 4" in out and "call 5" not in out
-    out = use("--evaluate", "-n", 4, "--temperature", 0.8, 1)
-    scmdm_arms = ["SCMDM rate 0.5", "SCMDM rate 0.5 unroll 3", "SCMDM (paper)", "SCMDM unroll 3"]
-    assert first_column(out) == ["real", "base", "control", *scmdm_arms]
-    rows = results.read_csv(own / "results.csv")
-    assert len(rows) == 1 + 6 * 2 + 4 * 3, "real data, each model at each temperature, three other signals"
-    assert all(row["gen. ppl"] > 1 for row in rows if "signal" not in row) and "another signal" in out
-    use("--evaluate", "-n", 4, "--order", "confidence")  # the bound is of random order
-    rows = [row for row in results.read_csv(own / "results.csv") if "sampler" in row]
-    assert len(rows) == 1 + 6 and all("gen. ppl" in row and "bound" not in row for row in rows)
-    sizes = []
-    for name in ("sample", "sampler_bound"):
-        monkeypatch.setattr(sample_py, name, lambda f, x, *rest, of=getattr(sample_py, name), **more: (
-            sizes.append((of.__name__, len(x))), of(f, x, *rest, **more))[1])  # fmt: skip
-    use("--evaluate", "-n", 3, "--batch-size", 2)
-    assert set(sizes) == {("sample", 2), ("sample", 1), ("sampler_bound", 2), ("sampler_bound", 1)}
-    sizes.clear()
-    use("-n", 3, "--batch-size", 2)
-    assert sizes == [("sample", 2), ("sample", 1)] * 2
-    monkeypatch.setattr(sample_py, "generate", None)  # what is in the file is not measured again
-    assert use("--evaluate", "-n", 4, "--temperature", 0.8, 1) == out
+    assert "rate 0.5" in out and "step 4" in out and "step 5" not in out
+    out = use("--compare", "-n", 4)
+    names = ["base", "control", "rate 0.5", "rate 0.5, unroll=3", "the paper's recipe", "unroll=3"]
+    assert first_column(out) == [*names, "real data"]
+    assert use("--compare", "-n", 4) == out, "the same seed gives the same table"
+    assert use("--compare", "-n", 4, "--seed", 1) != out
+
+
+def test_the_comparison_is_fair(own):
+    """The held-out sequences are never also the reference, and every model gets the same masks."""
+    val = np.arange(600).reshape(150, 4)  # no two sequences are alike
+    rows, reference = sample_py.held_out(data.Domain("x", list("abc"), 4, load=lambda: (val, val)))
+    assert len(rows) == len(reference) == 75
+    assert sorted(np.concatenate((rows, reference)).tolist()) == val.tolist()
+    x0 = torch.randint(3, (5, 4), generator=rng(0))
+    spies = Spy(toy(3, 1)), Spy(toy(3, 2))
+    values = [sample_py.bounds(spy, x0, 3, 6, seed=7, batch_size=2) for spy in spies]
+    assert all(torch.equal(a, b) for a, b in zip(spies[0].xt, spies[1].xt, strict=True))
+    assert values[0].shape == (5,) and not np.allclose(*values)
+    assert not np.allclose(values[0], sample_py.bounds(spies[0], x0, 3, 6, seed=8))
+
+
+def test_a_difference_and_its_interval():
+    """A difference is a paired mean, with 1.96 standard errors as half of its 95% interval."""
+    mean, half = sample_py.difference(np.array([3.0, 5.0, 7.0, 9.0]), np.array([2.0, 3.0, 6.0, 7.0]))
+    assert mean == pytest.approx(1.5)  # of 1, 2, 1, 2, whose standard deviation is the root of 1/3
+    assert half == pytest.approx(1.96 * math.sqrt(1 / 3) / 2)
+
+
+def test_a_difference_within_its_interval_is_no_gain(capsys):
+    """The closing sentences compare with base and control, and call only a clear difference a difference."""
+    base = np.linspace(17, 21, 50)
+    noise = np.tile([-1.0, 1.0], 25)
+    bound = {"base": base, "rate0": base - 0.1 + noise, "rate1": base + 9, "rate1-unroll8": base - 0.2}
+    score = {name: {"valid": 0.1} for name in bound} | {"rate1-unroll8": {"valid": 0.3}}
+    sample_py.conclude(data.get("sudoku"), 36, bound, score)
+    first, second = capsys.readouterr().out.strip().splitlines()
+    values = "valid is 0.30 for unroll=8, 0.10 for the base and 0.10 for the control (one seed)."
+    assert first == f"With 36 sampling steps, {values}"
+    assert "lower than the base's (-0.20 ± 0.00 nats)" in second and second.endswith("with one seed.")
+    assert "no different from the control's (-0.10 ± 0.28 nats)" in second
 
 
 def test_nothing_finished_is_destroyed(own, call, tmp_path):
     """A finished model is never written over; --resume keeps it, if data, base and settings are the same."""
     common = ["--data", own / "novel.txt", "--length", 24, "--out", own, "-n", 0, "--batch-size", 4]
-    train = functools.partial(call, train_py, *common, "--rates", 1, "--unroll", 1, "--steps")
+    train = functools.partial(call, train_py, *common, "--rates", 1, "--unroll", 1, "--iters")
     before = (own / "rate1.npz").read_bytes()
-    assert "rate1.npz is there already, or begun: --resume goes on" in train(3, status=2)
-    assert "steps is 3, now 4" in train(4, "--resume", status=2)
-    train(3, "--resume")
+    assert "rate1.npz is there or begun: --resume goes on" in train(3, status=2)
+    assert "iters is 3, now 4" in train(4, "--resume", status=2)
+    assert "validation" in train(3, "--resume")
     assert (own / "rate1.npz").read_bytes() == before
     other = tmp_path / "base.npz"
     model = load(own / "base.npz")
@@ -1546,51 +1687,131 @@ def test_nothing_finished_is_destroyed(own, call, tmp_path):
     assert "is another base" in train(3, "--resume", "--init", other, status=2)
     same_name = tmp_path / "novel.txt"
     same_name.write_text("the lazy dog_ jumps over a quick brown fox\n" * 640)
-    assert "a base of other data of the same name" in train(3, "--data", same_name, status=2)
+    assert "a base of other data" in train(3, "--data", same_name, status=2)
     (tmp_path / "rate1.npz").write_bytes(before)
     assert "adapted from another base" in call(sample_py, "--models", tmp_path, status=2)
 
 
-def test_evaluate_measures_what_is_missing(own, call, monkeypatch, tmp_path):
-    """--evaluate measures anew what had no judge, takes no held-out row twice, leaves what is shipped."""
-    for name in ("base.npz", "rate1.npz"):
-        shutil.copy(own / name, tmp_path)
-    use = functools.partial(call, sample_py, "--models", tmp_path, "--evaluate", "--steps", 1, "-n")
-    assert "gen. ppl" not in use(2)
-    shutil.copy(own / "judge.npz", tmp_path)
-    assert "gen. ppl" in use(2)
-    use(57), use(130)  # 57 windows are held out to measure on
-    rows = results.read_csv(tmp_path / "results.csv")
-    halves = [row["half"] for row in rows if row["model"] == "rate1" and row["n"] > 2 and "signal" not in row]
-    assert halves[0] == halves[1]
-    assert "SCMDM (paper)" in call(likelihood, tmp_path, "--calls", 2, "-n", 2, "--orders", 1)
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path / "empty")
-    shipped = sample_py.SHIPPED / "sudoku" / "results.csv"
-    before = shipped.read_bytes()
-    call(sample_py, "--evaluate", "--steps", 1, "-n", 2)
-    assert shipped.read_bytes() == before and results.read_csv("results.csv")
+def test_a_second_run_in_a_folder_stops(own, call, tmp_path):
+    """A run leaves its state as soon as it begins, and a second one in that folder stops before training."""
+    shutil.copy(own / "base.npz", tmp_path)
+    words = ["--data", own / "novel.txt", "--length", 24, "--out", tmp_path, "--rates", 0, "--iters", 3]
+    (tmp_path / "rate0.state").touch()  # of the first run
+    assert "rate0.npz is there or begun" in call(train_py, *words, status=2)
+    assert not (tmp_path / "rate0.npz").exists()
+
+
+def test_a_model_that_does_not_fit_on_the_disk_can_be_finished_later(own, call, tmp_path):
+    """If the finished model cannot be written, the state of the run stays, and --resume writes the model."""
+    shutil.copy(own / "base.npz", tmp_path)
+    words = ["--data", own / "novel.txt", "--length", 24, "--out", tmp_path, "--rates", 0, "--iters", 3]
+    words += ["--batch-size", 4, "-n", 0]
+    (tmp_path / f"rate0.npz.{os.getpid()}.tmp").mkdir()  # the way is blocked
+    with pytest.raises(IsADirectoryError):
+        save(tmp_path / "rate0.npz", tiny())
+    assert "rate0.npz: Is a directory" in call(train_py, *words, status=2)
+    assert (tmp_path / "rate0.state").exists() and not (tmp_path / "rate0.npz").exists()
+    (tmp_path / f"rate0.npz.{os.getpid()}.tmp").rmdir()
+    call(train_py, *words, "--resume")
+    assert (tmp_path / "rate0.npz").exists() and not (tmp_path / "rate0.state").exists()
 
 
 def test_the_main_job(call, monkeypatch, tmp_path):
-    """train.py alone pretrains on Sudoku, adapts, and ends with a table whose last row is the truth."""
-    small = dict(dim=16, depth=1, batch_size=4, steps=(3, 2), calls=[2, 3])
-    monkeypatch.setitem(train_py.DEFAULTS, "sudoku", train_py.DEFAULTS["sudoku"] | small)
-    out = call(train_py, "--out", tmp_path, "-n", 4)
-    table = out[out.index("model ") :].split("bound:")[0]
-    arms = ["base", "control", "SCMDM (paper)", "SCMDM unroll 16"]
-    assert first_column(table) == ["real", *arms, *arms, "the truth"]
-    lines = table.splitlines()
-    assert lines[-1].split(" | ")[2].strip() == "17.15" and max(map(len, lines)) <= 80
-    assert "sample.py --models" in out.splitlines()[-1]
-    measured = (tmp_path / "results.csv").read_text()
-    call(train_py, "--out", tmp_path, "-n", 4, "--resume")  # measures nothing again
-    assert (tmp_path / "results.csv").read_text() == measured
-    one_seed = tmp_path / "one-seed"
-    out = call(train_py, "--out", one_seed, "-n", 4, "--seed", 1, "--rates", 1, "--unroll", 1)
-    assert first_column(out[out.index("model ") :])[1:3] == ["base", "SCMDM (paper)"]
-    assert re.search(r"^base +\| SCMDM \(paper\)$", out, re.M), "the samples at the end"
-    assert "SCMDM (paper), seed 1" in call(sample_py, "--models", one_seed, "--steps", 2)
+    """train.py alone pretrains on Sudoku, adapts, and ends with a table, two sentences and a command."""
+    small = dict(dim=16, depth=1, heads=4, batch_size=4, pretrain=3, adapt=2)
+    monkeypatch.setitem(train_py.DEFAULTS, "sudoku", small)
+    out = call(train_py, "--out", tmp_path, "-n", 8)
+    assert first_column(out) == ["base", "control", "the paper's recipe", "unroll=8", "real data"]
+    assert "17.15" in [line for line in out.splitlines() if line.startswith("real data")][0]
+    *_, first, second, empty, last = out.splitlines()
+    values = "valid is .* unroll=8, .* base and .* control"
+    assert re.match(rf"With 36 sampling steps, {values} \(one seed\)\.$", first)
+    assert re.match(r"Its bound is .* the base's .* and .* the control's .*, with one seed\.$", second)
+    assert max(map(len, out.splitlines()[:-1])) <= 110 and "sample.py --models" in last and not empty
+    again = call(train_py, "--out", tmp_path, "-n", 8, "--resume")
+    assert again.split("In all")[0] == out.split("In all")[0]
+    call(train_py, "--out", tmp_path, "--seed", 1, "--rates", 1, "--unroll", 1, "-n", 0)
+    out = call(sample_py, "--models", tmp_path, "--model", "rate1-seed1", "--steps", 2)
+    assert "the paper's recipe, seed 1" in out
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch, capsys):
+    """Only bad input becomes one line. Any other exception, as of someone's edit, is raised as it is."""
+
+    def wrong():
+        a, b = (1, 2, 3)
+
+    with pytest.raises(ValueError, match="too many values"):
+        terminal.run(wrong)
+
+    def bad_input():
+        raise data.BadInput("data.txt: no such file")
+
+    with pytest.raises(SystemExit) as stop:
+        terminal.run(bad_input)
+    assert stop.value.code == 2 and capsys.readouterr().err.endswith(": data.txt: no such file\n")
+
+
+BAD_INPUT = {  # OWN is the folder of the fixture
+    "train --iters 0": "argument --iters: 0 is not between 1 and inf",
+    "train --rates 1.5": "argument --rates: 1.5 is not between 0 and 1",
+    "train --iters many": "argument --iters: invalid int value: 'many'",
+    "train --stage pretrain --unroll 4": "--unroll has no effect with --stage pretrain",
+    "train --dim 8": "--dim has no effect with --stage adapt",
+    "train --stage pretrain --dim 30": "--dim is 30, expected a multiple of 2 * heads",
+    "train --data missing.txt": "missing.txt",
+    "train --out file/below": "--out file/below: Not a directory",
+    "train --init missing.npz": "missing.npz: No such file",
+    "train --init OWN/base.npz": "tokens that the model has never seen",
+    "train --data OWN/novel.txt --length 24 --init OWN/rate1.npz": "not a base",
+    "train --data OWN/novel.txt --length 20 --init OWN/base.npz": "sequences of 20 tokens, expected 24",
+    "sample --compare --watch": "--compare does not go with",
+    "sample --models nowhere": "no base.npz there",
+    "sample --models OWN --data dna": "models of novel, expected dna",
+    "sample --models OWN --model rate7": "no rate7.npz there",
+    "sample --models OWN --prompt Zoë": "--prompt has 'Z', which the model has never seen",
+    "sample --models OWN --prompt _________________________": "--prompt has 25 tokens, expected at most 24",
+    "sample --models OWN --length 25": "--length is 25, expected at most the model's 24",
+    "sample --models OWN --temperature -1": "argument --temperature: -1.0 is not between 0",
+    "sample --models OWN --steps 2 --save nowhere/x.jsonl": "nowhere/x.jsonl: No such file",
+    "sample --models OWN --steps 2 --film nowhere/x.svg": "nowhere/x.svg: No such file",
+    "sample --models OWN --device tpu": "--device tpu: there is none",
+    "sample --prompt 12____ --length 6": "--length 6: a sudoku sample is a grid of 36 tokens",
+    "sample --data images --length 10": "--length 10: a images sample is a grid of 196 tokens",
+    "sample --models broken": "base.npz: not a model file",
+    "sample --models foreign": "base.npz: a model that train.py did not make",
+    "sample --models mixed": "rate1.npz: a model of other tokens",
+}
+
+
+@pytest.mark.parametrize("command", BAD_INPUT)
+def test_bad_input(command, own, call, tmp_path, monkeypatch):
+    """Bad input gets exit status 2, a line that names it, and no traceback."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    for name in ("broken", "foreign", "mixed"):
+        Path(name).mkdir()
+    Path("broken/base.npz").write_bytes((own / "base.npz").read_bytes()[:-200])
+    save("foreign/base.npz", tiny())
+    shutil.copy(own / "rate1.npz", "mixed")
+    shutil.copy(sample_py.SHIPPED / "sudoku" / "base.npz", "mixed")
+    script, *words = (word.replace("OWN", str(own)) for word in command.split())
+    assert BAD_INPUT[command] in call({"train": train_py, "sample": sample_py}[script], *words, status=2)
+
+
+def test_a_second_text_takes_the_vocabulary_of_the_base(own, call, tmp_path):
+    """A text of some of the base's characters is adapted with the base's vocabulary; others are named."""
+    second = tmp_path / "second.txt"
+    second.write_text("a lazy fox\n" * 640)
+    words = ["--length", 24, "--init", own / "base.npz", "-n", 0]
+    words += ["--rates", 1, "--unroll", 1, "--iters", 2]
+    call(train_py, "--data", second, "--out", tmp_path / "out", *words)
+    model = load(tmp_path / "out" / "rate1.npz")
+    assert model.info["vocab"] == load(own / "base.npz").info["vocab"]
+    assert "base" in call(sample_py, "--models", tmp_path / "out", "--prompt", "quick", "--steps", 2)
+    second.write_text("a lazy fox & Zoë\n" * 640)
+    error = call(train_py, "--data", second, "--out", tmp_path / "other", *words, status=2)
+    assert all(character in error for character in "&Zë")
 
 
 @pytest.mark.parametrize("kind", ["lines", "rows", "stream"])
@@ -1608,77 +1829,14 @@ def test_own_sequences(kind, call, tmp_path):
         prompt, flags = "w3 w11 __ w4", ["--length", 7, "--vocab", words]
         np.save(path, numbers.flatten())
         words.write_text("\n".join(f"w{i}" for i in range(12)))
-    call(train_py, "--data", path, "--stage", "pretrain", "--out", tmp_path, *flags, *SMALL)
-    assert ("10 of 50 lines are longer than 7" in call.err) == (kind == "lines")
+    call(train_py, "--data", path, "--out", tmp_path, *flags, *SMALL)
     assert load(tmp_path / "base.npz").config.length == (8 if kind == "lines" else 7)
     use = functools.partial(call, sample_py, "--models", tmp_path)
     assert use("--prompt", prompt, "--steps", 3, "-n", 70).count("\n" + prompt.split("_")[0]) == 70
-    assert "real" in use("--evaluate", "-n", 2, "--steps", 2)
+    assert first_column(use("--compare", "-n", 2, "--steps", 2)) == ["base", "real data"]
     path.unlink()
     use("--steps", 2)  # sampling needs no data
-    assert "the data is no longer there" in use("--evaluate", status=2)
-
-
-BAD_INPUT = {  # OWN is the folder of the fixture
-    "train --steps 0": "argument --steps: 0 is not between 1 and inf",
-    "train --rates 1.5": "argument --rates: 1.5 is not between 0 and 1",
-    "train --stage pretrain --seeds 2": "--seeds has no effect with --stage pretrain",
-    "train --dim 8": "--dim has no effect with --stage adapt",
-    "train --stage pretrain --unroll 4": "--unroll has no effect at rate 0",
-    "sample --evaluate --watch": "--watch, --film and --save do nothing",
-    "train --stage pretrain --dim 30": "Config.dim is 30",
-    "train --data missing.txt": "--data missing.txt: no such file",
-    "train --data empty.txt": "0 tokens, expected at least",
-    "train --data binary.txt": "not UTF-8",
-    "train --data floats.npy": "expected integers",
-    "train --data text --lines": "for a file of your own",
-    "train --init missing.npz": "missing.npz: No such file",
-    "train --init OWN/base.npz": "base.npz: a base of other tokens than sudoku",
-    "train --data OWN/novel.txt --length 24 --init OWN/rate1.npz": "not a base",
-    "sample --models nowhere": "no base.npz there",
-    "sample --models OWN --data dna": "models of novel, expected dna",
-    "sample --models OWN --model rate7": "no rate7.npz there",
-    "sample --models OWN --prompt Zoë": "--prompt has 'Z', which the model has never seen",
-    "sample --models OWN --prompt _________________________": "--prompt has 25 tokens, expected at most 24",
-    "sample --models OWN --temperature -1": "temperature is -1",
-    "sample --models OWN --device tpu": "--device tpu: there is none",
-    "sample --models broken": "base.npz: not a model file",
-    "sample --models foreign": "base.npz: a model that train.py did not make",
-}
-
-
-@pytest.mark.parametrize("command", BAD_INPUT)
-def test_bad_input(command, own, call, tmp_path, monkeypatch):
-    """Bad input gets exit status 2, a line that names it, and no traceback."""
-    monkeypatch.chdir(tmp_path)
-    Path("empty.txt").write_text("")
-    Path("binary.txt").write_bytes(bytes(range(256)) * 20)
-    np.save("floats.npy", np.zeros((30, 4)))
-    Path("broken").mkdir()
-    Path("broken/base.npz").write_bytes((own / "base.npz").read_bytes()[:-200])
-    Path("foreign").mkdir()
-    save("foreign/base.npz", tiny())
-    script, *words = (word.replace("OWN", str(own)) for word in command.split())
-    assert BAD_INPUT[command] in call({"train": train_py, "sample": sample_py}[script], *words, status=2)
-
-
-def test_what_sharpening_gives_for_free_is_taken_out():
-    """An arm is compared with base and control at its own entropy; outside their entropies not at all."""
-
-    def row(model, temperature, entropy, valid):
-        what = {"model": model, "calls": 4.0, "temperature": temperature}
-        return what | {"path entropy": entropy, "valid": valid}
-
-    rows = [row("base", 1.2, 30, 0.1), row("base", 1.0, 20, 0.2), row("base", 0.8, 10, 0.6)]
-    rows.append({"model": "real", "valid": 1})
-    rows += [row("rate1", 1.0, 14, 0.5), row("rate1", 1.0, 16, 0.7), row("rate1", 0.8, 9, 0.9)]
-    line = {"model": "SCMDM (paper)", "calls": "4", "temperature": 1.0}
-    line |= {"path entropy": "15.000", "valid": "0.6"}
-    base = line | {"the base's there": "0.4"}
-    assert results.at_equal("path entropy", rows, "valid") == [base]
-    assert results.at_equal("path entropy", rows[1:2] + rows[3:], "valid") == []
-    rows += [row("rate0", 1.0, 40, 0.1), row("rate0", 0.8, 5, 0.8)]
-    assert base | {"the control's there": "0.6"} in results.at_equal("path entropy", rows, "valid")
+    assert "the data is no longer there" in use("--compare", status=2)
 
 
 def test_scripts_run_as_commands(own):
@@ -1692,7 +1850,7 @@ def test_scripts_run_as_commands(own):
     words = [sys.executable, HERE / "train.py", "--out", own / "stopped", "--device", "cpu"]
     heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # after `&` it is ignored
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=ONE_THREAD, preexec_fn=heard)
-    while process.poll() is None and not (own / "stopped").exists():
+    while process.poll() is None and not (own / "stopped" / "base.state").exists():
         time.sleep(0.1)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
@@ -1700,117 +1858,329 @@ def test_scripts_run_as_commands(own):
     assert process.returncode == 130 and err.rstrip().endswith("--resume") and "Traceback" not in err, err
 
 
+# --- the data ---
+
+
+def encoded(domain, *strings):
+    """Strings -> rows [N, L], padded by end tokens where the domain has one."""
+    rows = [domain.encode(string) for string in strings]
+    end = [domain.index[domain.end]] if domain.end else []
+    return np.array([row + end * (domain.length - len(row)) for row in rows])
+
+
+def test_sudoku_score_sees_each_rule():
+    """A grid that breaks only the rule of the rows, of the columns or of the boxes is not valid."""
+    right = encoded(data.get("sudoku"), "123456456123231564564231312645645312")
+    row, column, box = right.copy(), right.copy(), (np.arange(6)[:, None] + np.arange(6)).reshape(1, 36) % 6
+    row[0, [0, 6]] = right[0, [6, 0]]  # swapped within one column and one box
+    column[0, [0, 1]] = right[0, [1, 0]]  # swapped within one row and one box
+    assert sudoku.score(right, None) == {"valid": 1, "different": 1}
+    for broken, cells in ((row, 4), (column, 4), (box, 24)):
+        grids = np.concatenate((right, broken, broken))
+        assert sudoku.score(grids, None) == {"valid": 1 / 3, "different": 2 / 3}
+        assert sudoku.wrong(grids).sum(1).tolist() == [0, cells, cells]
+    assert not sudoku.wrong(np.full((1, 36), 6)).any(), "a mask is not a digit"
+
+
 def test_sudoku_is_exactly_uniform():
-    """There are 39,168 grids with the first row 1 to 6; a tenth is held out, with all their relabellings."""
+    """There are 39,168 grids with the first row 1 to 6; a tenth is held out, with all relabellings."""
     grids = sudoku.enumerate_grids()
     assert grids.shape == np.unique(grids, axis=0).shape == (39168, 36) and not sudoku.wrong(grids).any()
     assert math.exp(data.get("sudoku").entropy) == pytest.approx(39168 * math.factorial(6))
     train, val = sudoku.load()
 
-    def relabelled(rows):  # the grids with the first row 1 to 6 that they come from
-        new = np.argsort(rows[:, :6], axis=1).astype(np.uint8)
-        return {bytes(x) for x in np.take_along_axis(new, rows, axis=1)}
+    def originals(rows):  # the grids with the first row 1 to 6 that the rows are relabelled from
+        return [bytes(x) for x in np.take_along_axis(np.argsort(rows[:, :6]).astype(np.uint8), rows, axis=1)]
 
-    assert relabelled(train[:20000]) <= {bytes(x) for x in grids}
-    assert not relabelled(train) & relabelled(val)
-    assert not sudoku.wrong(train[:1000]).any()
-    assert_fits(np.unique(train[:, :6], axis=0, return_counts=True)[1], np.full(720, 1 / 720))
-    broken = train[:1].copy()
-    broken[0, 0] = broken[0, 1]
-    assert sudoku.wrong(broken)[0, :2].all() and sudoku.score(broken, None)["valid"] == 0
+    of_train, of_val = originals(train), originals(val)
+    assert set(of_train) <= set(map(bytes, grids)) and not set(of_train) & set(of_val)
+    for kinds, drawn in ((39168 * 9 // 10, of_train), (720, list(map(bytes, train[:, :6])))):
+        _, counts = np.unique(drawn, return_counts=True)
+        assert len(counts) == kinds
+        assert_fits(counts, np.full(kinds, 1 / kinds))  # each grid and each relabelling is equally frequent
 
 
-def test_genes(monkeypatch):
-    """Genes are the longest open reading frames, ATG to stop, both strands; the code is the standard one."""
-    monkeypatch.setattr(dna, "SHORTEST", 42)
+def test_text_score():
+    """The score of text is the share of known words, except for the first and last, which may be cut off."""
+    domain = data.get("text")
+    rows = encoded(domain, "xqz King is dead, xqz", "xqz King xqz dead xqz")
+    assert text.score(rows, None) == {"words": 5 / 6} and text.score(rows[:, -5:], None) == {"words": 0}
+    assert text.score(encoded(domain, "a Casca a"), None) == {"words": 0}, "held-out words are not known"
+
+
+def test_molecules_closed():
+    """Open ring bonds, open brackets and brackets in the wrong order are seen without RDKit."""
+    closed = ["CCO", "C1CC1", "CC(C)O", "C[NH3+]", "C1CC2CC12", "[NH3+]C1CC1"]
+    opened = ["C1CC", "CC(C", "CC)C(", "C[NH3+", "CNH3+]", "C1CC12", "[NH3+]C3"]
+    assert all(map(molecules.closed, closed)) and not any(map(molecules.closed, opened))
+    rows = encoded(data.get("molecules"), *closed, *opened)
+    assert molecules.score(rows, None)["closed"] == len(closed) / len(rows)
+
+
+def test_molecules_valid_unique_and_novel():
+    """RDKit counts the valid molecules, the different ones among them, and the new ones among these."""
+    pytest.importorskip("rdkit")
+    known = molecules.read()[0]
+    rows = encoded(data.get("molecules"), known, known, "C(C)(C)(C)(C)C", "ONONONO", "ONONONO", "")
+    expected = {"closed": 1, "valid": 4 / 6, "unique": 2 / 4, "novel": 1 / 2, "all": 1 / 6}
+    assert molecules.score(rows, None) == pytest.approx(expected)
+    assert molecules.canonical("OCC") == molecules.canonical("C(C)O") == "CCO"
+
+
+def test_dna_score_reads_in_frame():
+    """A stop codon counts in the reading frame only; divergences are of codons and of amino acid pairs."""
+    domain = data.get("dna")
+    real, inside, across = "AAA" * 42, "AAA" * 20 + "TAA" + "AAA" * 21, "AAA" * 20 + "ATAAGA" + "AAA" * 20
+    rows = encoded(domain, across, inside, inside.replace("TAA", "TAG"), inside.replace("TAA", "TGA"))
+    assert dna.score(rows, rows) == {"open": 1 / 4, "JS codons": 0, "JS amino acids": 0}
+    real, same_acid, other_acid = (encoded(domain, codon * 42) for codon in ("AAA", "AAG", "GCG"))
+    assert dna.score(real, same_acid) == {"open": 1, "JS codons": 1, "JS amino acids": 0}
+    assert dna.score(real, other_acid) == {"open": 1, "JS codons": 1, "JS amino acids": 1}
+    mixed, sorted_ = encoded(domain, "AAAGCG" * 21, "AAA" * 21 + "GCG" * 21)[:, None]
+    assert dna.score(mixed, sorted_)["JS codons"] == 0 and dna.score(mixed, sorted_)["JS amino acids"] > 0.5
+    assert dna.jensen_shannon(np.array([1, 0]), np.array([0.5, 0.5])) == pytest.approx(0.311278, abs=1e-6)
+
+
+def test_genes():
+    """Genes are the longest frames from ATG to a stop on both strands, as a regular expression finds them."""
     bases = np.random.default_rng(0).integers(0, 4, 60000)
-    frames = {}  # {the end of a frame: its start}
-    text = data.get("dna").decode(bases)
-    for match in re.finditer("(?=(ATG(?:(?!TAA|TAG|TGA)...)*)(?:TAA|TAG|TGA))", text):
-        start, end = match.span(1)
-        frames[end] = min(start, frames.get(end, start))
-    expected = sorted((start, end) for end, start in frames.items() if end - start >= 3 * 42)
-    found = dna.genes(bases)
-    assert sorted(dna.open_reading_frames(bases)) == expected and len(expected) > 20
-    assert dna.score(found, found)["open"] == 1 and len(found) > 40
-    assert sorted(found.tolist()) == sorted(dna.genes(3 - bases[::-1]).tolist())
-    strands = (bases, 3 - bases[::-1])
-    longest = max((x[a:b] for x in strands for a, b in dna.open_reading_frames(x)), key=len)
-    assert longest[: 3 * dna.CODONS].tobytes() in {row.tobytes() for row in found}
-    codons = dna.codons(np.array(data.get("dna").encode("ATGTGGAAATTTTAATAGTGA")))
-    assert "".join(dna.CODE[codon] for codon in codons) == "MWKF***"
+    starts, string = {}, data.get("dna").decode(bases)  # {the end of a frame: its first ATG}
+    for match in re.finditer("(?=(ATG(?:(?!TAA|TAG|TGA)...)*)(?:TAA|TAG|TGA))", string):
+        starts.setdefault(match.end(1), match.start(1))
+    expected = sorted((start, end) for end, start in starts.items() if end - start >= 3 * 42)
+    assert sorted(dna.open_reading_frames(bases, shortest=42)) == expected and len(expected) > 20
+    other = 3 - bases[::-1]
+    found = dna.genes(bases, shortest=42)
+    assert sorted(found.tolist()) == sorted(dna.genes(other, shortest=42).tolist())
+    frames = [x[a:b] for x in (bases, other) for a, b in dna.open_reading_frames(x, shortest=42)]
+    assert max(frames, key=len)[:126].tolist() in found.tolist() and dna.score(found, found)["open"] == 1
+    assert 40 < len(found) < sum(len(frame) // 126 for frame in frames), "of two that overlap one is left out"
+    codons = dna.codons(encoded(data.get("dna"), "ATGTGGAAATTTTAATAGTGA"))[0]
+    assert "".join(dna.CODE[codon] for codon in codons) == "MWKF***" and codons[0] == dna.ATG
 
 
-def test_measures():
-    """Entropy is each sequence's own, distinct-4 the share of different 4-grams, an interval Student's."""
-    x = np.array([[0, 0, 0, 0, 0, 0], [0, 1, 0, 1, 0, 1]])
-    assert measures.unigram_entropy(x) == pytest.approx(math.log(2) / 2)
-    assert measures.distinct(x) == pytest.approx(3 / 6)  # 0000, 0101, 1010
-    assert measures.mean_interval([2.0, 4.0]) == "3.000 ± 12.710"
-    assert measures.mean_interval([123.4]) == "123.4"
-    assert measures.paired([1, 2, 3], [0, 0, 0]) == pytest.approx((2, 4.30 / math.sqrt(3)))
-    rows = np.random.default_rng(0).standard_normal((500, 3))
-    assert measures.frechet(rows, rows) == pytest.approx(0, abs=1e-9)
-    assert measures.frechet(rows, rows + 2) == pytest.approx(12)
-    assert measures.jensen_shannon(np.array([1.0, 0]), np.array([0, 1.0])) == 1
+def test_images_score():
+    """The Frechet distance of two Gaussians has its closed form; it is larger for noisier images."""
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((1000, 2))
+    z = (z - z.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(z.T))).T  # mean 0 and covariance 1, exactly
+    P, Q = np.array([[2.0, 0], [1, 1]]), np.array([[1.0, 3], [0, 1]])
+    A, B = P @ P.T, Q @ Q.T  # covariances that do not commute
+    cross = math.sqrt(np.trace(A @ B) + 2 * math.sqrt(np.linalg.det(A @ B)))  # tr (A B)^(1/2), 2 x 2
+    distance = images.frechet(z @ P.T + [3, 4], z @ Q.T)
+    assert distance == pytest.approx(25 + np.trace(A + B) - 2 * cross)
+    real, other = images.load()[1][:500], images.load()[1][500:1000]
+    noisy = [np.where(rng.random(real.shape) < share, 15 - real, real) for share in (0, 0.1, 0.3)]
+    near, further, far = (images.score(x, other) for x in noisy)
+    assert near["Frechet"] < further["Frechet"] < far["Frechet"] and near["sure"] > far["sure"]
 
 
-def test_a_judge_scores_by_the_chain_rule():
-    """A judge scores a sequence by the chain rule, each token given those before it, the first the mask."""
-    judge, tokens = tiny(causal=True), torch.randint(5, (3, 6), generator=rng(0))
-    shifted = np.concatenate((np.full((3, 1), 5), tokens.numpy()[:, :-1]), 1)
-    logits = torch.from_numpy(golden.forward(numpy_weights(judge), 2, shifted, causal=True))
-    expected = nll_of(logits, tokens).sum(1).float()
-    assert torch.allclose(sample_py.judge_nll(judge, tokens), expected, atol=1e-4)
+@pytest.mark.parametrize("name", data.NAMES)
+def test_domains(name):
+    """A domain loads exactly what its shipped models were trained on; encode undoes decode."""
+    domain = data.get(name)
+    train, val = domain.load()
+    assert len(val) < len(train) and max(train.max(), val.max()) < len(domain.vocab)
+    for path in (sample_py.SHIPPED / name).glob("*.npz"):
+        info = load(path).info
+        assert (info["vocab"], info["length"], info["end"]) == (domain.vocab, domain.length, domain.end)
+        assert data.from_info(info).name == name and domain.steps == min(64, domain.length)
+        assert info["made_from"].get("content", zlib.crc32(train)) == zlib.crc32(np.ascontiguousarray(train))
+    rows = data.windows(val, domain.length)[:20]
+    for row in rows:
+        known = domain.encode(domain.decode(row))
+        assert known == row[: len(known)].tolist() and (row[len(known) :] == row[-1]).all()
+    assert all(map(math.isfinite, domain.score(rows[:10], rows[10:]).values()))
 
 
-def test_predictive_entropy_is_of_what_was_drawn():
-    """generate() gives the mean entropy of the distributions that it drew from, temperature included."""
-    logits, canvas = torch.tensor([0.0, 1.0, 2.0]), torch.full((5, 4), 3)
-    for temperature in (1.0, 0.5):
-        x, entropy, _ = sample_py.generate(fixed(logits), canvas, 3, 6, 0, temperature=temperature, batch=2)
-        p = (logits / temperature).softmax(-1)
-        assert x.max() < 3 and entropy == pytest.approx(-(p * p.log()).sum().item(), rel=1e-5)
+def test_windows():
+    """A stream is cut from its start, rows stay as they are, and `most` of them are spread evenly."""
+    rows = np.arange(20).reshape(10, 2)
+    assert data.windows(np.arange(11), 3).tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert (data.windows(rows, 2) == rows).all() and data.windows(rows, 2, 4)[:, 0].tolist() == [0, 6, 12, 18]
+    train, val = data.split(rows)
+    assert len(val) == 1 and sorted([*train.tolist(), *val.tolist()]) == rows.tolist()
+    assert [x.tolist() for x in data.split(np.arange(10))] == [list(range(9)), [9]]
+
+
+def npy(array, save=np.save):
+    file = io.BytesIO()
+    save(file, array)
+    return file.getvalue()
+
+
+FASTA = ">first A->G\nACG\nTTA\n>second\nGG\n" * 20
+NUMBERS = np.arange(420).reshape(70, 6) % 7
+LINES = {"lines": True}
+OWN = {  # file name: content, arguments, what is read (a stream, or the set of its rows)
+    "tale.txt": (b"\xef\xbb\xbf" + "é a\r\n".encode() * 20, {"length": 2}, "é a\n" * 20),
+    "text.txt": ("ab" * 40, {"length": 2}, "ab" * 40),
+    "lines.txt": ("hello\n\nbee\n" * 20 + "much too long\n", LINES | {"length": 5}, {"hello", "bee"}),
+    "stream.fasta": (FASTA, {"length": 2}, "\n".join(["ACGTTA", "GG"] * 20)),
+    "GENES.FA": (FASTA, LINES, {"ACGTTA", "GG"}),
+    "farsi.fa": ("a > b\n" * 40, LINES, {"a > b"}),
+    "reads.fastq": ("@read\nACGT\n+\n>@>@\n" * 40, LINES, {"ACGT"}),
+    "drugs.smi": ("CCO ethanol\nC\tmethane\nN\n" * 20, LINES, {"CCO", "C", "N"}),
+    "rows.npy": (npy(NUMBERS), {}, {" ".join(map(str, row)) for row in NUMBERS}),
+    "STREAM.NPY": (npy(NUMBERS.flatten()), {"length": 3, "vocab": "words"}, " ".join("abcdefg" * 60)),
+}
+BAD = {  # file name: content, arguments, what the message says
+    "missing.txt": (None, {}, "missing.txt: No such file or directory; --data takes a file, or one of sudo"),
+    "": (None, {}, "Is a directory"),
+    "empty.txt": ("", {}, "0 tokens, expected at least 5120"),
+    "short.txt": ("ab\n" * 39, LINES, "39 sequences, expected at least 40"),
+    "latin.txt": ("é".encode("latin-1") * 9999, {}, "not text in UTF-8. iconv"),
+    "utf16.txt": ("ab".encode("utf-16-le") * 9999, {}, "not text in UTF-8. iconv"),
+    "train.bin": (NUMBERS.astype(np.uint16).tobytes(), {}, "numpy.fromfile(path, numpy.uint16)"),
+    "long.txt": ("ab\n" * 40 + "abcd\n" * 41, LINES | {"length": 3}, "41 of 81 lines are longer than 3"),
+    "genes.fna": (FASTA, LINES | {"length": 1}, "--length 6 keeps all of them"),
+    "mols.csv": ("smiles,id\nC,1\n" * 40, LINES, "cut -d, -f1 mols.csv | tail -n +2 > mols.txt"),
+    "mols.jsonl": ('{"text": "C"}\n' * 40, LINES, "jq -r .text mols.jsonl > mols.txt"),
+    "vocab.txt": ("ab\n" * 9999, {"vocab": "words"}, "--vocab is for an .npy"),
+    "lines.npy": (npy(NUMBERS), LINES, "--lines is for text"),
+    "nowords.npy": (npy(NUMBERS), {"vocab": "nowhere"}, "nowhere: No such file"),
+    "few.npy": (npy(NUMBERS + 1), {"vocab": "words"}, "words: 7 lines, expected one for each token, 0 to 7"),
+    "length.npy": (npy(NUMBERS), {"length": 5}, "--length 5, expected that of the rows, 6"),
+    "huge.npy": (npy(np.append(NUMBERS, 2**31 - 1)), {}, "a token 2147483647, expected less than 300,000"),
+    "negative.npy": (npy(NUMBERS - 1), {}, "a token -1, expected 0 or more"),
+    "floats.npy": (npy(NUMBERS / 2), {}, "expected integers, a stream [N] or rows [N, L]"),
+    "empty.npy": (npy(NUMBERS[:0]), {}, "expected integers"),
+    "renamed.npy": (npy(NUMBERS, np.savez), {}, "expected integers"),
+    "damaged.npy": (npy(NUMBERS, np.savez)[:-9], {}, "expected integers"),
+    "cut.npy": (npy(NUMBERS)[:-9], {}, "expected integers"),
+    "text.npy": ("ab\n" * 9999, {}, "expected integers"),
+    "sudoku": (None, {"length": 36}, "--lines, --length and --vocab are for a file of your own"),
+}
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """A function that writes a file in the current directory, which is an empty one."""
+    monkeypatch.chdir(tmp_path)
+    Path("words").write_text("\n".join("abcdefg") + "\n")
+    return lambda name, text: Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+def read(domain):
+    """All that a domain loads: the string of a stream, or the set of the strings of its rows."""
+    both = np.concatenate(domain.load())
+    return domain.decode(both) if both.ndim == 1 else set(map(domain.decode, both))
+
+
+def info_of(domain):
+    """What a model file remembers of its domain."""
+    keys = ("vocab", "length", "end", "join", "source")
+    return {"data": domain.name} | {key: getattr(domain, key) for key in keys}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_own_files(name, write, capsys):
+    """A file is read without what does not belong to its sequences, and again from what a model remembers."""
+    content, arguments, expected = OWN[name]
+    write(name, content)
+    domain = data.get(name, **arguments)
+    assert read(domain) == expected and domain.name not in data.NAMES
+    assert ("1 of 41 lines are longer than 5" in capsys.readouterr().err) == (name == "lines.txt")
+    info = info_of(domain)
+    old = info | {"source": {key: info["source"][key] for key in ("path", "lines", "vocab")}}
+    assert [read(data.from_info(info)), read(data.from_info(old))] == [expected, expected]
+    assert info_of(data.from_info(info)) == info
+    Path(name).unlink()
+    assert data.from_info(info).load is None and info_of(data.from_info(info)) == info
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files(name, write):
+    """Whatever is wrong with a user's file is BadInput, in one line."""
+    content, arguments, message = BAD[name]
+    if content is not None:
+        write(name, content)
+    with pytest.raises(data.BadInput, match=re.escape(message)) as error:
+        data.get(name, **arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_other_data_in_the_vocabulary_of_a_model(write):
+    """Other data is read in the tokens of a model, or refused if the model has never seen some of them."""
+    write("first", "abcd\n" * 40)
+    write("second", "da\nb\n" * 40 + "abc\n")
+    first, second = data.get("first", lines=True), data.get("second", lines=True, length=2)
+    adapted = data.with_vocabulary_of(second, info_of(first))
+    assert (adapted.vocab, adapted.length, adapted.steps) == (first.vocab, 5, 5) and second.length == 3
+    assert read(adapted) == read(data.from_info(info_of(adapted))) == {"da", "b"}
+    assert data.with_vocabulary_of(first, info_of(first)) is first
+    stream, own = data.get("first", length=4), data.get("second", length=4)
+    assert read(data.with_vocabulary_of(own, info_of(stream))) == "da\nb\n" * 40 + "abc\n"
+    for domain, info, message in (
+        (first, info_of(second), "first: 1 tokens that the model has never seen: 'c'"),
+        (first, info_of(first) | {"length": 4}, "first: sequences of 5 tokens, expected 4"),
+        (data.get("first", length=3), info_of(stream), "first: sequences of 3 tokens, expected 4"),
+        (data.get("text"), info_of(data.get("dna")), "57 tokens that the model has never seen: '\\n', ' ', "),
+    ):
+        with pytest.raises(data.BadInput, match=re.escape(message)):
+            data.with_vocabulary_of(domain, info)
 
 
 def test_frames_show_what_is_decoded():
-    """A frame ends with its sequence, marks what is masked, and gives a wide character two columns."""
-    molecules, chinese = data.get("molecules"), data.Domain("c", ["你", "\t"], 3)
-    E, M = molecules.index["<end>"], len(molecules.vocab)
-    c, n = molecules.encode("CN")
+    """A frame ends with its sequence, marks masks and wrong cells, and gives a wide character two columns."""
+    domain, chinese = data.get("molecules"), data.Domain("c", ["你", "\t"], 3)
+    E, M = domain.index["<end>"], len(domain.vocab)
+    c, n = domain.encode("CN")
 
-    def frame(x, guess, width=6, domain=molecules):
-        return terminal.draw_frame(domain, np.array(x), np.array(guess), width)
+    def frame(x, likely, width=6, domain=domain):
+        return terminal.draw_frame(domain, np.array(x), np.array(likely), width)
 
     assert frame([c, c, E, n, E], [0] * 5) == ["CC    "] and frame([E], [0]) == [" " * 6]
     assert frame([c, M, M, n, E], [0, n, E, 0, 0]) == ["C··N  "]
     assert frame([c] * 7, [0] * 7, 3) == ["CCC", "CCC", "C  "]
     assert frame([0, 1, 0], [0] * 3, domain=chinese) == ["你 你 "]
+    assert frame([0, 0, 1, 6, 6, 6] * 6, [2] * 36, 12, data.get("sudoku"))[0] == "1!1!2!······"
+    assert terminal.side_by_side([["a ", "b "], ["c "]], 2) == "a  | c\nb  |"
 
 
-@pytest.mark.parametrize("name", data.NAMES)
-def test_domains(name):
-    """A domain loads tokens of its vocabulary, encode undoes decode, and real data has a finite score."""
-    domain = data.get(name)
-    train, val = domain.load()
-    assert train.dtype.kind in "iu" and len(val) < len(train) and train.ndim == val.ndim
-    assert max(train.max(), val.max()) < len(domain.vocab)
-    rows = data.windows(val, domain.length)[:20]
-    assert rows.shape == (20, domain.length)
-    for row in rows:
-        tokens = domain.encode(domain.decode(row.tolist()))
-        assert tokens == row[: len(tokens)].tolist() and (row[len(tokens) :] == row[-1]).all()
-    assert all(math.isfinite(v) for v in domain.score(rows[:10], rows[10:]).values())
+def test_progress(capsys):
+    """A log is told how far a job is, how long it will take, and its speed."""
+    progress = terminal.Progress("base: iteration", 10, tokens=100)
+    progress.update(2)
+    progress.began -= 8  # seconds ago
+    progress.update(4)  # prints nothing, because a log gets a line every 20 seconds
+    progress.shown -= 30
+    progress.update(6, "loss 1")
+    assert capsys.readouterr().err == "base: iteration 6/10  0m08s left  loss 1  50 tokens/s\n"
+    assert [terminal.clock(s) for s in (5, 3599, 7260)] == ["0m05s", "59m59s", "2h01m"]
+
+
+def test_film(tmp_path):
+    """The layers of a film, painted one over the other, end in its last state; images are shown in grey."""
+    domain, (x, y) = data.get("sudoku"), sudoku.load()[1][:2].astype(int)
+    last = np.concatenate(((x[:1] + 1) % 6, x[1:20], [6] * 16))  # a wrong digit, and 16 masks
+    wrong = domain.wrong(last[None])[0]
+    film(tmp_path / "film.svg", {"A & B": [(y, y), (last, y)]}, domain)
+    root = ElementTree.parse(tmp_path / "film.svg").getroot()
+    digits, colours = [""] * 36, [""] * 36
+    for mark in root.iter():
+        for left, down in re.findall(r"M(\d+) (\d+)h40", mark.get("d", "")):  # cells of 40 pixels
+            colours[int(down) // 40 * 6 + int(left) // 40] = mark.get("stroke")
+        for left, down, digit in zip(*(mark.get(k, "").split() for k in "xy"), mark.text or ""):
+            digits[int(down) // 40 * 6 + int(left) // 40] = digit
+    kinds = np.where(last == 6, "masked", np.where(wrong, "wrong", "known"))
+    assert "".join(digits) == domain.decode(np.where(last == 6, y, last))
+    assert colours == [PAPER[kind] for kind in kinds] and set(kinds) == set(PAPER)
+    labels = [mark.text for mark in root.iter() if mark.tag.endswith("text") and not mark.get("x")]
+    assert labels == ["A & B", "step 1 of 2", f"step 2 of 2, {wrong.sum()} cells wrong"]
+    film(tmp_path / "film.svg", {"base": [(np.arange(196) % 16,) * 2]}, data.get("images"))
+    greys = re.findall('stroke="(#.{6})" stroke-width="17"', (tmp_path / "film.svg").read_text())
+    assert greys == [f"#{3 * f'{17 * level:02x}'}" for level in range(16)]
 
 
 @pytest.mark.parametrize("name", data.NAMES)
 def test_shipped_models(name):
     """Every domain ships a base and its adaptations, of its own tokens; each is better than guessing."""
-    domain, files = data.get(name), sample_py.models_in(sample_py.SHIPPED / name)
-    models = sample_py.load_models(files, domain, torch.device("cpu")).values()
-    assert len(models) >= 2 and any(model.config.self_conditioning for model in models)
+    domain, models = sample_py.load_models(sample_py.models_in(sample_py.SHIPPED / name), torch.device("cpu"))
+    assert domain.name == name and len(models) >= 2
+    assert any(model.config.self_conditioning for model in models.values())
     rows = torch.from_numpy(data.windows(domain.load()[1], domain.length, 16).astype(np.int64))
-    for model in models:
+    for model in models.values():
         loss = diffusion_loss(model, rows, model.mask_id, generator=rng(0)).mean()
         assert loss < domain.length * math.log(len(domain.vocab))
 

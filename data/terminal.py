@@ -1,11 +1,17 @@
-"""The terminal: a sequence as lines of text, several beside each other, and how far a long job is."""
+"""The terminal: a sequence as lines of text, tables, how far a long job is, and what is said of bad input."""
 
+import argparse
+import math
+import os
 import shutil
 import sys
 import time
 import unicodedata
+from pathlib import Path
 
 import numpy as np
+
+from data import BadInput
 
 
 def wide(text):
@@ -81,3 +87,39 @@ class Progress:
                 line = "\r\033[K" + line[: shutil.get_terminal_size().columns - 1]
             print(line, end="" if terminal and done < self.total else "\n", file=sys.stderr, flush=True)
             self.shown = now
+
+
+def print_table(rows):
+    """Print rows of {column: text} as a Markdown table, aligned so that it can be read as it is."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns] + [[str(row.get(key, "")) for key in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    cells.insert(1, ["-" * width for width in widths])
+    for line in cells:
+        print(" | ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+def run(main):
+    """Call main(). Bad input becomes one line and exit status 2; any other error keeps its traceback."""
+    sys.stdout.reconfigure(errors="replace")  # for an ASCII terminal
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BadInput as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def number(kind, low, high=math.inf):
+    """Return a type for argparse that checks a range."""
+
+    def check(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{value} is not between {low} and {high}")
+        return value
+
+    check.__name__ = kind.__name__  # argparse names it for what is no number
+    return check

@@ -1,0 +1,619 @@
+"""The tests of the study. Each docstring is one rule.
+
+    python -m pytest data/study
+
+    1. intervals    over training seeds, on numbers made by hand
+    2. files        what a results file survives
+    3. the bench    what is the same for every model that is measured
+    4. likelihood, variants, scoring model, runs
+    5. the write-up what README.md shows is what the files say
+"""
+
+import functools
+import itertools
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import sample as sample_py
+import train as train_py
+from data.study import bench, files, likelihood, metrics, pictures, results, runs, scoring, training, variants
+from scmdm import Config, SelfConditioning, Transformer, add_self_conditioning, diffusion_loss, earlier_times
+from scmdm import make_signal, sample, save
+
+HERE = Path(__file__).parent
+TOP = HERE.parent.parent
+
+
+def rng(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def tiny(V=5, length=6, seed=0, adapted=False, **kw):
+    """A Transformer of random weights; adapted: with a matrix W that is not zero."""
+    torch.manual_seed(seed)
+    model = Transformer(Config(V, length, dim=16, depth=1, heads=2, **kw))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(1.0 if p.ndim == 1 else 0.0, 0.3)
+    if adapted:
+        model = add_self_conditioning(model)
+        model.self_conditioning.W.data.normal_(0, 0.5)
+    return model
+
+
+class Spy:
+    """A denoiser that remembers what it was given, one entry for each step."""
+
+    def __init__(self, denoiser):
+        self.denoiser, self.config, self.xt, self.x0_prev = denoiser, getattr(denoiser, "config", None), [], []
+
+    def __call__(self, xt, x0_prev):
+        self.xt.append(xt.clone())
+        self.x0_prev.append(x0_prev)
+        return self.denoiser(xt, x0_prev)
+
+
+def models_of_own_data(folder, name="novel", text="a quick brown fox jumps over the lazy dog\n"):
+    """Write a user's own text and untrained models of it into a folder, as train.py would."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.txt"
+    path.write_text(text * 400)
+    domain = data.get(str(path), length=24)
+    V = len(domain.vocab)
+    info = {"data": name} | {key: getattr(domain, key) for key in ("vocab", "length", "end", "join", "source")}
+    save(folder / "base.npz", tiny(V, 24), **info, made_from={})
+    crc = zlib.crc32((folder / "base.npz").read_bytes())
+    for i, model in enumerate(("rate0", "rate0-seed1", "rate1", "rate1-seed1", "rate1-unroll8")):
+        model_of_kind = tiny(V, 24, i + 1, adapted=model.startswith("rate1"))
+        save(folder / f"{model}.npz", model_of_kind, **info, made_from={"base": crc})
+    return domain
+
+
+def add_scoring_model(folder, domain, name="scoring", seed=9):
+    model = tiny(len(domain.vocab), 24, seed, causal=True)
+    save(folder / f"{name}.npz", model, vocab=domain.vocab)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """A function that runs a script of the study with a command line and returns what it printed."""
+
+    def call(script, *words, status=0):
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, words)])
+        code = 0
+        try:
+            sample_py.run(script.main)
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        assert code == status, err
+        return err if status else out
+
+    return call
+
+
+# --- 1. Intervals ------------------------------------------------------------------------------------------
+
+
+def row(model, seed, file, **values):
+    common = {"domain": "sudoku", "model": model, "seed": float(seed), "steps": 36.0, "temperature": 1.0, "n": 8.0}
+    return common | {"file": file, "unit": "nats per sequence"} | values
+
+
+BASE = [row("base", 0, "b", valid=0.1, bound=20.0), row("base", 1, "b", valid=0.3, bound=22.0)]
+CONTROL = [row("rate0", 0, "c0", valid=0.2, bound=19.0), row("rate0", 1, "c1", valid=0.3, bound=22.0)]
+OURS = [row("rate1", 0, "r0", valid=0.5, bound=18.0), row("rate1", 1, "r1", valid=0.9, bound=21.0)]
+
+
+def test_the_interval_is_students():
+    """Half the width of an interval is t * sd / sqrt(n), with t = 4.303 for three values, worked out by hand."""
+    # 1, 2, 3: the mean is 2, the standard deviation 1, so half the width is 4.303 / 1.732 = 2.484
+    assert metrics.half_width([1.0, 2.0, 3.0]) == pytest.approx(2.4843, abs=1e-3)
+    assert metrics.half_width([2.0, 4.0]) == pytest.approx(12.706, abs=1e-3)
+    assert len(metrics.T95) == 29 and metrics.half_width(np.r_[:31] * 1.0) == pytest.approx(1.96 * 9.0921 / 31**0.5, 1e-4)
+
+
+def test_the_interval_is_over_training_seeds():
+    """A model's rows are first averaged within each training seed. More sampling seeds do not narrow ±."""
+    rows = [row("rate1", 0, "r0", valid=0.4), row("rate1", 1, "r0", valid=0.6), row("rate1", 2, "r1", valid=0.8)]
+    found = metrics.over_seeds(rows, "valid")
+    assert found.mean == pytest.approx(0.65) and found.seeds == 2, "means of 0.5 and 0.8"
+    assert found.half == pytest.approx(12.706 * 0.3 / math.sqrt(2) / math.sqrt(2), abs=1e-3)
+    assert metrics.over_seeds(rows[:2], "valid") == (0.5, None, 1), "one training seed has no interval"
+    assert metrics.over_seeds(rows, "completed") is None
+
+
+def test_a_difference_is_paired_by_seed():
+    """The difference from another model is taken seed by seed, and its interval is over those differences."""
+    found = metrics.difference(OURS, BASE, "valid")  # 0.4 and 0.6
+    assert found.mean == pytest.approx(0.5) and found.half == pytest.approx(12.706 * 0.1, abs=1e-3)
+    found = metrics.difference(OURS, CONTROL, "bound")  # -1 and -1
+    assert found == (-1, 0, 2) and found.verdict() == "lower"
+    one_control = [r | {"file": "c0"} for r in CONTROL]
+    assert metrics.difference(OURS, one_control, "bound") == (-1, None, 1), "a control that was trained once"
+    assert metrics.difference(OURS, BASE[:1], "valid") == (pytest.approx(0.4), None, 1), "only pairs count"
+    assert metrics.difference(OURS, [row("rate0", 7, "c7", valid=0.0)], "valid") is None
+
+
+def test_what_is_within_the_interval_is_no_gain():
+    """A difference within ± is never called higher or lower, and neither is one of a single seed."""
+    assert metrics.Estimate(-0.5, 0.6, 3).verdict() == metrics.Estimate(0.6, 0.6, 3).verdict() == "within ±"
+    assert metrics.Estimate(-5.0, None, 1).verdict() == "one seed"
+    assert metrics.Estimate(-0.7, 0.6, 3).verdict() == "lower" and metrics.Estimate(1, 0.6, 3).verdict() == "higher"
+    assert metrics.Estimate(18.304, 0.4529, 3).text() == "18.30 ± 0.45"
+    assert metrics.Estimate(0.674, None, 1).text("+") == "+0.674"
+
+
+def test_the_tables_say_how_many_seeds(capsys):
+    """The printed tables give the number of training seeds, paired differences and their verdicts."""
+    results.report(BASE + CONTROL + OURS)
+    lines = [re.split(r" +\| *", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    assert ["base", "36", "1", "21.00", "0.200"] in lines
+    assert ["the paper's recipe", "36", "2", "19.50 ± 19.06", "0.700 ± 2.541"] in lines
+    assert ["the paper's recipe", "base", "36", "2", "-1.500 ± 6.353, within ±", "+0.500 ± 1.271, within ±"] in lines
+    assert ["the paper's recipe", "control", "36", "2", "-1.000 ± 0.000, lower", "+0.450 ± 1.906, within ±"] in lines
+    results.report(BASE + OURS[:1])
+    assert "-2.000, one seed" in capsys.readouterr().out
+
+
+def test_sharpening_is_taken_out():
+    """A model is compared with base and control at its own predictive entropy, seed by seed. Outside of the
+    entropies that they have at any temperature there is no comparison."""
+
+    def at(model, seed, temperature, entropy, valid):
+        what = row(model, seed, f"{model}{seed if model != 'base' else ''}", valid=valid)
+        return what | {"temperature": temperature, "predictive entropy": entropy}
+
+    rows = [at("base", 0, 1.2, 30, 0.1), at("base", 0, 1.0, 20, 0.2), at("base", 0, 0.8, 10, 0.6)]
+    rows += [at("base", 1, 1.0, 20, 0.4), at("base", 1, 0.8, 10, 0.8)]
+    rows += [at("rate1", 0, 1.0, 15, 0.5), at("rate1", 1, 1.0, 15, 0.7), at("rate1", 0, 0.8, 9, 0.9)]
+    # base at 15: 0.4 and 0.6, so the differences are 0.1 and 0.1
+    line = {"model": "the paper's recipe", "steps": "36", "temperature": "1", "predictive entropy": "15.00 ± 0.00"}
+    line |= {"valid": "0.600 ± 1.271", "minus base there": "+0.100 ± 0.000, higher"}
+    assert results.at_equal("predictive entropy", rows, "valid") == [line]
+    assert results.at_equal("predictive entropy", rows[1:2] + rows[5:], "valid") == [], "one temperature is no curve"
+    rows += [at("rate0", 0, 1.0, 40, 0.1), at("rate0", 0, 0.8, 5, 0.8)]
+    assert "minus control there" in results.at_equal("predictive entropy", rows, "valid")[-1]
+
+
+# --- 2. Files ----------------------------------------------------------------------------------------------
+
+
+def test_rows_come_back_and_replace_each_other(tmp_path):
+    """A row with the same key replaces the old one. Other models, domains and checksums are other rows, and a new
+    column leaves old rows as they are."""
+    path = tmp_path / "results.csv"
+    files.add(path, BASE[:1])
+    files.add(path, [BASE[0] | {"valid": 0.7}])
+    others = [BASE[0] | change for change in ({"file": "b2"}, {"domain": "text"}, {"signal": "off"}, {"seed": 5.0})]
+    files.add(path, [others[0] | {"new, with a comma": "x"}, *others[1:]])
+    rows = files.read(path)
+    assert rows[0] == BASE[0] | {"valid": 0.7} and rows[2:] == others[1:] and len(rows) == 5
+    assert rows[1]["new, with a comma"] == "x" and "new, with a comma" not in rows[0]
+    assert [f.name for f in tmp_path.iterdir()] == ["results.csv"], "a temporary file was left"
+
+
+def test_a_line_that_was_cut_is_not_glued_to_the_next(tmp_path):
+    """A last line without an end is left out when a file is read, so that the next row gets a line of its own."""
+    path = tmp_path / "results.csv"
+    files.add(path, BASE)
+    path.write_bytes(path.read_bytes()[:-3])
+    assert files.read(path) == BASE[:1]
+    files.add(path, CONTROL[:1])
+    assert files.read(path) == [BASE[0], CONTROL[0]]
+
+
+ADD_ROWS = """
+import itertools, sys
+from data.study import files
+for i in itertools.count():
+    files.add(sys.argv[1], [{"model": "base", "seed": float(i), "text": "x" * 400}])
+    print(i, flush=True)
+"""
+
+
+def add_rows(path, **options):
+    words = [sys.executable, "-c", ADD_ROWS, str(path)]
+    return subprocess.Popen(words, cwd=TOP, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_a_full_disk_loses_no_rows(tmp_path):
+    """When the file cannot be written, every row that was in it is still there, and the message names it."""
+
+    def small_disk():  # files can have 5,000 bytes; a signal would kill the process, an error is what a disk gives
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+
+    path = tmp_path / "results.csv"
+    out, err = add_rows(path, preexec_fn=small_disk).communicate()
+    rows = files.read(path)
+    assert len(rows) == len(out.split()) > 5 and [r["seed"] for r in rows] == list(range(len(rows)))
+    assert f"{path}: File too large; no row that was in it is lost" in err
+    assert [f.name for f in tmp_path.iterdir()] == ["results.csv"]
+
+
+def test_a_kill_loses_no_rows(tmp_path):
+    """kill -9 at any moment loses at most the row that was being written."""
+    for i in range(3):
+        path = tmp_path / f"{i}.csv"
+        process = add_rows(path)
+        written = [process.stdout.readline() for _ in range(20 + i)]
+        process.kill()
+        written += process.communicate()[0].split()
+        rows = files.read(path)
+        assert [r["seed"] for r in rows] == list(range(len(rows)))
+        assert len(written) <= len(rows) <= len(written) + 1 and all(len(r["text"]) == 400 for r in rows)
+
+
+# --- 3. The bench ------------------------------------------------------------------------------------------
+
+
+def a_bench(tokens, length=6, n=4, V=5, **options):
+    domain = data.Domain("test", [str(i) for i in range(V)], length, lambda: (tokens, tokens))
+    return bench.Bench(domain, torch.device("cpu"), n, **options)
+
+
+def test_held_out_sequences_are_not_the_reference():
+    """No sequence is both measured and in the reference, even if the data contains it several times."""
+    rows = np.random.default_rng(0).integers(0, 2, (200, 6))  # 64 different ones
+    test = a_bench(rows, V=2)
+    reference, measured = ({bytes(x) for x in part} for part in (test.reference, test.measured))
+    assert not reference & measured and reference | measured == {bytes(x) for x in rows}
+    assert len(test.measured) == len(measured) and abs(len(reference) - len(measured)) <= 1
+    stream = a_bench(np.arange(61), V=61)
+    assert sorted(np.r_[stream.reference, stream.measured].flatten()) == list(range(60))
+
+
+def test_seeds_go_through_all_held_out_sequences():
+    """Successive seeds measure successive sequences, and a bound never counts one of them twice."""
+    test = a_bench(np.arange(120).reshape(20, 6), V=120, n=4)  # ten of them are measured
+    seen = np.concatenate([test.sequences(seed)[:, 0] for seed in range(3)])
+    assert list(seen) == list(test.measured[[*range(10), 0, 1], 0])
+    wide = a_bench(np.arange(120).reshape(20, 6), V=120, n=25)
+    assert len(wide.bound(lambda xt, x0_prev: torch.zeros(*xt.shape, 120), 2, seed=0)) == 10
+
+
+def test_all_models_get_the_same_sequences_and_masks():
+    """Each model is given the same held-out sequences, masked in the same way, whatever was measured before."""
+    test = a_bench(np.random.default_rng(0).integers(0, 5, (40, 6)), n=9, batch_size=4)
+    spies = [Spy(tiny(seed=0)), Spy(tiny(seed=1)), Spy(tiny(seed=2, adapted=True))]
+    for spy in spies:
+        test.bound(spy, 3, seed=1)
+        assert [len(x) for x in spy.xt] == [4, 4, 4, 4, 4, 4, 1, 1, 1], "batches of 4, 3 steps each"
+        assert all(torch.equal(a, b) for a, b in zip(spy.xt, spies[0].xt))
+        test.samples(spy, 2, 1.0, seed=1)  # draws other numbers in between
+    other = Spy(tiny(seed=0))
+    test.bound(other, 3, seed=0)
+    assert not all(torch.equal(a, b) for a, b in zip(other.xt, spies[0].xt)), "another seed, other masks"
+
+
+def test_a_bound_is_the_samplers():
+    """The bench's bound of a model that knows nothing is L log V in nats, and log V per token of a stream."""
+    flat = lambda xt, x0_prev: torch.zeros(*xt.shape, 5)  # noqa: E731
+    rows = np.random.default_rng(0).integers(0, 5, (40, 6))
+    # each token is charged, in expectation, exactly once; the mean over many masks is close to that
+    many = np.mean([a_bench(rows, n=20).bound(flat, 6, seed).mean() for seed in range(60)])
+    assert many == pytest.approx(6 * math.log(5), rel=0.02)
+    stream = a_bench(rows.flatten(), n=20)
+    assert stream.unit == "nats per token" and a_bench(rows).unit == "nats per sequence"
+    assert np.allclose(stream.bound(flat, 6, 0) * 6, 6 * stream.bound(flat, 6, 0))
+
+
+def test_predictive_entropy_is_averaged_over_tokens():
+    """It is the mean over tokens, not over steps, of the entropy of what each was drawn from, at the temperature
+    that it was drawn at."""
+    revealed = []
+
+    def denoiser(xt, x0_prev):  # certain while more than half is masked, uniform over 4 tokens after that
+        revealed.append((xt != 4).sum().item())
+        certain = (xt == 4).float().mean() > 0.5
+        return torch.tensor([9e9 if certain else 0.0, 0, 0, 0]).expand(*xt.shape, 4)
+
+    canvas = torch.full((1, 30), 4)
+    x, entropy, _ = bench.fill(denoiser, canvas, 4, 5, seed=0)
+    counts = np.diff([*revealed, 30])  # the tokens that each step revealed
+    certain = [n for n, seen in zip(counts, revealed) if seen < 15]
+    assert len(set(counts)) > 1 and 0 < sum(certain) < 30
+    assert entropy == pytest.approx((30 - sum(certain)) / 30 * math.log(4))
+    logits = torch.tensor([0.0, 1.0, 2.0])
+    for temperature in (1.0, 0.5):
+        canvas = torch.full((5, 4), 3)
+        _, entropy, _ = bench.fill(lambda xt, _: logits.expand(*xt.shape, 3), canvas, 3, 6, 0, 2, temperature=temperature)
+        p = (logits / temperature).softmax(-1)
+        assert entropy == pytest.approx(-(p * p.log()).sum().item(), rel=1e-5)
+
+
+def test_fill_is_the_sampler():
+    """The samples that are measured are those that `sample` draws, batch after batch from one generator."""
+    model, generator = tiny(adapted=True), rng(3)
+    x, _, _ = bench.fill(model, torch.full((5, 6), 5), 5, 4, seed=3, batch_size=2)
+    assert torch.equal(x, torch.cat([sample(model, torch.full((b, 6), 5), 5, 4, generator=generator) for b in (2, 2, 1)]))
+
+
+def test_other_signals():
+    """off gives no signal, uniform equal shares, shuffled the model's own from other positions."""
+    model, signal = Spy(tiny(adapted=True)), torch.rand(2, 6, 5, generator=rng(0)).softmax(-1)
+    xt = torch.full((2, 6), 5)
+    for kind in bench.SIGNALS:
+        bench.with_signal(model, kind)(xt, signal)
+        assert bench.with_signal(model, kind)(xt, None) is not None and model.x0_prev[-1] is None
+    off, uniform, shuffled = (model.x0_prev[i] for i in (0, 4, 2))
+    assert off is None and torch.equal(uniform, torch.full((2, 6, 5), 0.2))
+    assert sorted(shuffled[0].tolist()) == sorted(signal[0].tolist()) and not torch.equal(shuffled, signal)
+
+
+def test_metrics_of_samples():
+    """Unigram entropy is each sequence's own; distinct-4 is the share of 4-grams that are different; generative
+    perplexity is exp of the scoring model's nats per token."""
+    x = np.array([[0, 0, 0, 0, 0, 0], [0, 1, 0, 1, 0, 1]])
+    assert metrics.unigram_entropy(x) == pytest.approx(math.log(2) / 2)
+    assert metrics.distinct(x) == pytest.approx(3 / 6)  # 0000, 0101, 1010
+    domain = data.Domain("test", ["a", "b"], 6, score=lambda samples, reference: {"quality": 7})
+    values = metrics.measure(domain, x, x, lambda x: np.array([6.0, 12.0]))
+    assert values["quality"] == 7 and values["generative perplexity"] == pytest.approx(math.exp(1.5))
+
+
+def test_the_bench_measures_a_folder(call, tmp_path):
+    """It writes a row for real data and for each model, seed and temperature, and for each other signal; its
+    tables name the models as readers know them; what is in the file is not measured again."""
+    domain = models_of_own_data(tmp_path)
+    add_scoring_model(tmp_path, domain)
+    use = functools.partial(call, bench, tmp_path, "--steps", 3, "-n", 4, "--device", "cpu")
+    out = use("--temperature", 0.8, 1)
+    for line in ("base +| 3 +| 1 ", "control +| 3 +| 2 ", "the paper's recipe +| 3 +| 2 ", "unroll=8 +| 3 +| 1 "):
+        assert re.search("^" + line.replace("|", r"\|"), out, re.M), line
+    rows = files.read(tmp_path / "results.csv")
+    assert len(rows) == 2 + 4 * 2 * 2 + 2 * 3
+    plain = [r for r in rows if r["model"] != "real" and "signal" not in r]
+    assert all(r["generative perplexity"] > 1 and r["predictive entropy"] > 0 for r in plain)
+    assert all(("bound" in r) == (r["temperature"] == 1) for r in plain)
+    assert len({(r["model"], r["file"]) for r in plain}) == 6, "the second seed of the unrolled model is measured on its first"
+    before = (tmp_path / "results.csv").read_bytes()
+    assert use("--temperature", 0.8, 1) == out and (tmp_path / "results.csv").read_bytes() == before
+    use("--order", "confidence")
+    others = [r for r in files.read(tmp_path / "results.csv") if "sampler" in r]
+    assert len(others) == 2 + 4 * 2 and not any("bound" in r for r in others), "the bound is of random order"
+    (tmp_path / "novel.txt").unlink()
+    assert "the data is no longer there" in use(status=2)
+
+
+def test_two_domains_in_one_folder_of_results(call, tmp_path):
+    """The results of models of different data can be in one file: their rows do not mix."""
+    alone, tables = tmp_path / "alone", []
+    for name, text in (("one", "to be or not to be\n"), ("two", "a rose is a rose is a rose\n")):
+        models_of_own_data(tmp_path / name, name, text)
+        use = functools.partial(call, bench, tmp_path / name, "--steps", 2, "-n", 3, "--device", "cpu", "--out")
+        tables.append((use(tmp_path / "both"), use(alone / name)))
+    assert all(both == of_one for both, of_one in tables)
+    rows = files.read(tmp_path / "both" / "results.csv")
+    assert len(rows) == sum(len(files.read(alone / name / "results.csv")) for name in ("one", "two"))
+
+
+def test_a_scoring_model_that_is_trained_later_is_used(call, tmp_path):
+    """Samples that were measured without a scoring model, or with another one, are measured again; the file
+    judge.npz, as it used to be called, still works."""
+    domain = models_of_own_data(tmp_path)
+    use = functools.partial(call, bench, tmp_path, "--steps", 2, "-n", 3, "--device", "cpu")
+    assert "generative perplexity" not in use()
+    add_scoring_model(tmp_path, domain, "judge")
+    first = use()
+    assert "generative perplexity" in first and first == use()
+    add_scoring_model(tmp_path, domain, seed=10)
+    assert use() != first
+    rows = files.read(tmp_path / "results.csv")
+    assert len({files.key_of(r) for r in rows}) == len(rows) == 2 + 4 * 2 + 2 * 3, "replaced, not added"
+    save(tmp_path / "scoring.npz", tiny(3, causal=True), vocab=["x"])
+    assert "not a scoring model" in use(status=2)
+
+
+def test_shipped_models_and_results_stay_as_they_are(call, tmp_path, monkeypatch):
+    """Results of the shipped models go to runs/shipped/; what is shipped is neither changed nor measured again."""
+    monkeypatch.chdir(tmp_path)
+    shipped = HERE / "results" / "sudoku" / "results.csv"
+    before = shipped.read_bytes()
+    out = call(bench, sample_py.SHIPPED / "sudoku", "--steps", 36, 144, "-n", 256)
+    assert "unroll=16          | base    | 144   | 3     | -1.003 ± 0.453, lower" in out
+    assert not Path("runs/shipped/sudoku/results.csv").exists(), "all of it is in the shipped results"
+    assert shipped.read_bytes() == before
+
+
+# --- 4. Likelihood, variants, scoring model, runs ----------------------------------------------------------
+
+
+def test_the_likelihood_of_all_orders_is_exact():
+    """The cost of an order is exact: over all orders the estimate is -log p(x), as counted on the sampler's own
+    tree, and fewer orders give more."""
+    L, V, steps = 3, 3, 4
+    model = tiny(V, L, 3, adapted=True)
+    X = torch.tensor(list(itertools.product(range(V), repeat=L)))  # all 27 sequences
+    # the step at which each position is revealed is uniform over the steps, independently: 64 equally likely orders
+    when = torch.tensor(list(itertools.product(range(steps), repeat=L)))
+    u = 1 - (when + 0.5) / steps  # revealed between the times 1 - when/steps and 1 - (when+1)/steps
+    X_u, u_X = X.repeat_interleave(len(u), 0), u.double().repeat(len(X), 1)
+    with torch.no_grad():
+        costs = likelihood.cost_of_an_order(model, X_u, V, steps, lambda shape: u_X).view(len(X), -1).T
+        p = torch.zeros(len(X), dtype=torch.float64)  # the chain rule, order by order and step by step
+        for order in when:
+            x, x0_prev, path = torch.full_like(X, V), None, torch.ones(len(X), dtype=torch.float64)
+            for step in range(steps):
+                x0_prev = model(x, x0_prev).softmax(-1)
+                for i in (order == step).nonzero().flatten():
+                    path *= x0_prev[torch.arange(len(X)), i, X[:, i]]
+                x = torch.where(order == step, X, x)
+            p += path / len(when)
+    assert p.sum().item() == pytest.approx(1, abs=1e-5), "a distribution over all sequences"
+    bounds = [likelihood.over_orders(costs, m) for m in (1, 2, 8, 64)]
+    assert torch.allclose(bounds[0], costs.mean(0)) and torch.allclose(bounds[-1], -p.log(), atol=1e-4)
+    assert all((fewer >= more - 1e-9).all() for fewer, more in zip(bounds, bounds[1:]))
+
+
+def test_likelihood_of_a_folder(call, tmp_path):
+    """The command gives every model the same orders, adds its rows to likelihood.csv, and prints intervals over
+    training seeds."""
+    models_of_own_data(tmp_path)
+    out = call(likelihood, tmp_path, "--steps", 2, "-n", 4, "--orders", 4, "--device", "cpu")
+    rows = files.read(tmp_path / "likelihood.csv")
+    assert len(rows) == 6 * 2 and {r["orders"] for r in rows} == {1, 4}
+    assert all(r["minus base"] == 0 for r in rows if r["model"] == "base")
+    assert re.search(r"^the paper's recipe +\| 2 +\| 4 +\| 2 +\| \S+ ± \S+ +\| \S+ ± \S+, ", out, re.M)
+    spies = [Spy(tiny(seed=i, adapted=True)) for i in range(2)]
+    for spy in spies:
+        likelihood.estimates(spy, torch.zeros(3, 6, dtype=torch.int64), 5, 2, 4, lambda done: None)
+    assert all(torch.equal(a, b) for a, b in zip(*(spy.xt for spy in spies)))
+
+
+def walk_as_drawn(denoiser, x0, t, u, mask_id, *, unroll, frozen, schedule, generator):
+    times = earlier_times(t, x0.shape[1], unroll, generator)
+    return variants.walk(denoiser, x0, times, u, mask_id, frozen, schedule)
+
+
+def signal_and_gradient(make, **options):
+    """What a make_signal gives to one batch, and the gradient that the loss then has for W."""
+    model, x0 = tiny(adapted=True, length=12), torch.randint(5, (8, 12), generator=rng(0))
+    spy = Spy(model)
+    options = {"unroll": 4, "generator": rng(3), "t": torch.rand(8, generator=rng(5)).double()} | options
+    diffusion_loss(spy, x0, 5, make_signal=make, **options).sum().backward()
+    return spy.x0_prev[-1].detach(), model.self_conditioning.W.grad, spy.xt
+
+
+def test_variants_change_what_they_say():
+    """Walking the states of scmdm.py gives its signal. A gradient changes gradients only, other spacings other
+    states, and a growing number of passes begins with one."""
+    signal, gradient, _ = signal_and_gradient(make_signal)
+    learnt = signal_and_gradient(variants.learning)
+    assert torch.equal(learnt[0], signal) and not torch.allclose(learnt[1], gradient)
+    finished = variants.Growing(100)
+    finished.done = 100
+    for same in (finished, walk_as_drawn):
+        found = signal_and_gradient(same)
+        assert torch.equal(found[0], signal) and torch.equal(found[1], gradient)
+    assert torch.equal(signal_and_gradient(variants.Growing(100))[0], signal_and_gradient(make_signal, unroll=1)[0])
+    t = torch.full((8,), 0.5).double()
+    _, _, states = signal_and_gradient(variants.signal_of("spaced4", 1), t=t, generator=lambda shape: (
+        torch.full(shape, 0.99) if shape == (1,) else torch.arange(shape[-1]).expand(shape) / 12 + 0.01))  # fmt: skip
+    # four passes at t + 4/4, 3/4, 2/4, 1/4, where a time above 1 masks everything, and the scored state at t
+    assert [(x == 5).sum(1)[0].item() for x in states] == [12, 12, 12, 9, 6]
+
+
+def test_adapters():
+    """softened sees the signal at temperature 2, hardened its most likely token, everywhere adds it to visible
+    positions too; for all of them no signal adds exactly nothing."""
+    embedding, xt = torch.nn.Embedding(6, 16), torch.tensor([[5, 5, 1]])
+    plain = SelfConditioning(embedding, 5)
+    plain.W.data = torch.eye(16)
+    signal = torch.tensor([[[0.2, 0.8, 0, 0, 0], [0, 0, 0, 0, 0], [0.2, 0.8, 0, 0, 0]]])
+    seen = {"softened": [1 / 3, 2 / 3], "hardened": [0.0, 1.0], "everywhere": [0.2, 0.8]}
+    for name, adapter in variants.ADAPTERS.items():
+        adapter = adapter(embedding, 5)
+        adapter.W.data = torch.eye(16)
+        found = adapter(xt, signal)
+        expected = torch.tensor([*seen[name], 0, 0, 0]) @ embedding.weight[:5]
+        assert torch.allclose(found[0, 0], expected, atol=1e-6) and not found[0, 1].any()
+        assert found[0, 2].any() == (name == "everywhere") and not adapter(xt, None).any()
+
+
+def test_a_variant_is_trained_and_measured_as_what_it_is(call, tmp_path):
+    """A trained variant gets its own adapter back when it is loaded; a finished one is not trained again, and a
+    folder for other settings is refused."""
+    use = functools.partial(call, variants, "hardened", "--out", tmp_path, "--unroll", 2, "--device", "cpu", "--iters")
+    use(2)
+    before = (tmp_path / "rate1-unroll2.npz").read_bytes()
+    use(2)
+    assert (tmp_path / "rate1-unroll2.npz").read_bytes() == before and "iters" in use(3, status=2)
+    _, _, models = bench.open_models(tmp_path, "cpu")
+    assert type(models["rate1-unroll2"].self_conditioning) is variants.Hardened
+    assert models["rate1-unroll2"].self_conditioning.W.any() and not (tmp_path / "rate1-unroll2.state").exists()
+    scratch = ("--unroll", 1, "--rate", 0.5, "--iters", 1, "--dim", 16, "--depth", 1, "--device", "cpu")
+    call(variants, "scratch", "--out", tmp_path, *scratch)
+    assert "from scratch, rate 0.5" in call(bench, tmp_path, "--steps", 1, "-n", 2, "--device", "cpu")
+
+
+def test_a_scoring_model_scores_by_the_chain_rule():
+    """The probabilities of all sequences sum to one, and a token's cost does not depend on what follows it."""
+    model = tiny(3, 4, causal=True)
+    X = np.array(list(itertools.product(range(3), repeat=4)))
+    nll = scoring.scoring_nll(model, X)
+    assert nll.shape == (81,) and np.exp(-nll).sum() == pytest.approx(1, abs=1e-4)
+    first = scoring.scoring_nll(model, X[:, :1])  # the cost of the first token alone
+    rest = np.exp(-nll.reshape(3, 27)).sum(1)  # what all that follows it sums to
+    assert np.allclose(np.exp(-first.reshape(3, 27)[:, 0]), rest, atol=1e-5)
+
+
+def test_a_scoring_model_is_trained(call, tmp_path):
+    """The command trains a causal model that is better than guessing, and goes on where it was stopped."""
+    domain = models_of_own_data(tmp_path)
+    words = ["--data", tmp_path / "novel.txt", "--length", 24, "--out", tmp_path, "--iters", 60]
+    words += ["--dim", 16, "--depth", 1, "--heads", 2, "--batch-size", 8, "--lr", 1e-2, "--device", "cpu"]
+    nats = float(call(scoring, *words).split()[-4])
+    assert nats < math.log(len(domain.vocab)) - 0.3
+    model, crc = scoring.find_scoring(tmp_path, domain, "cpu")
+    assert model.config.causal and crc.startswith("crc") and f"{nats:.4f}" in call(scoring, *words)
+
+
+def test_every_run_is_a_command_that_exists(call, monkeypatch):
+    """Each command of the runs is accepted by the script that it calls."""
+    for name, what in runs.RUNS.items():
+        for command in what.train:
+            script, *words = command.format(out="x", seed=1).split()
+            if script == "train.py":
+                monkeypatch.setattr(sys, "argv", [script, *words])
+                train_py.parse()
+            else:
+                assert (script, words[0]) == ("-m", "data.study.variants") and words[1] in variants.VARIANTS, name
+    assert "unknown runs: nothing" in call(runs, "nothing", status=2)
+
+
+def test_grids_are_counted():
+    """There are 288 grids of 4 x 4; counting gives the mass on them and -log p; two of 6 x 6 coincide if they are
+    the same but for the digits."""
+    grids = runs.grids4()
+    assert grids.shape == np.unique(grids, axis=0).shape == (288, 16)
+    found = runs.count(np.r_[grids, np.zeros_like(grids)])
+    assert found["valid"] == 0.5 and found["-log p"] == pytest.approx(math.log(576))
+    assert found["entropy of the grids"] == pytest.approx(math.log(288)) and found["never drawn"] == 0
+    row, column = np.arange(36) // 6, np.arange(36) % 6
+    six = (3 * (row % 2) + row // 2 + column) % 6  # a valid grid
+    other = (3 * (row % 2) + (row // 2 + 1) % 3 + column) % 6  # another: its bands in another order
+    digits = np.array([3, 1, 2, 0, 5, 4])
+    pair = runs.coincide(np.stack([six, digits[six], other, np.zeros_like(six)]))
+    assert pair["coincide"] == pytest.approx(39168 / 3), "one pair of the three of valid grids"
+
+
+def test_pictures(call, tmp_path):
+    """Images that sample.py has saved become a PNG for each model, with the right greys."""
+    image = pytest.importorskip("matplotlib.image")
+    path = tmp_path / "images.jsonl"
+    rows = [{"model": name, "text": "0f" * 98} for name in ["base"] * 12 + ["unroll=8"]]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    call(pictures, "images", path)
+    pixels = image.imread(tmp_path / "images-base.png")
+    assert pixels.shape[:2] == (2 * 15 * 4, 10 * 15 * 4) and pixels[0, 0, 0] == 0 and pixels[0, 4, 0] == 1
+    assert (tmp_path / "images-unroll=8.png").exists()
+    path.write_text("{")
+    assert "not what sample.py --save writes" in call(pictures, "images", path, status=2)
+
+
+def test_figures(call, tmp_path):
+    """A results file with several temperatures and numbers of steps gives both figures."""
+    pytest.importorskip("matplotlib")
+    shutil.copy(HERE / "results" / "text" / "results.csv", tmp_path)
+    call(results, tmp_path / "results.csv", "--figures")
+    assert {path.name for path in tmp_path.glob("*.png")} == {"frontier.png", "bound.png"}
+
+
+# --- 5. The write-up ---------------------------------------------------------------------------------------
