@@ -6,16 +6,19 @@ revealed now, and throws the others away. The next step has to work them out aga
 
 SCMDM (Cardei, Ta & Fioretto 2026, arXiv 2604.26985) gives each step the model's own previous prediction of
 the clean tokens, `x0_prev`. We call it *the signal*. The method takes a pretrained model, adds one small
-matrix that lets the signal in, and trains a little longer. A sampling step is still one call of the model.
+matrix that lets the signal in, and trains a little longer. A sampling step is still one call of the model:
+its signal is the prediction of the step before. In training there is no step before. There, pass 1 makes the
+signal without gradient, and pass 2 is given it and is trained.
 
 Sections: 1. the process, 2. the adapter, 3. the Transformer, 4. the loss, 5. the sampler, 6. extensions,
-7. files. The paper gives the idea of feeding the prediction back, post-training, and pass 1 without gradient.
-The exact form of the adapter, and section 6 but for confidence order, are ours.
+7. files. Sections 1 to 5 are the paper's method, and the exact form of the adapter is our choice. Section 6
+is ours, except for confidence order, which is MaskGIT's.
 
 Time has one direction everywhere: t = 0 is clean, t = 1 is fully masked, and s < t is the next, cleaner time.
 Shapes: B sequences, L positions, V tokens, D model dimensions. Tokens are 0..V-1. The mask of our Transformer
 is V: it has an embedding and no logit. The mask of a foreign model may be one of its V tokens, as in BERT.
-A denoiser is any function (xt [B, L], x0_prev [B, L, V] or None) -> logits [B, L, V].
+A denoiser is any function (xt [B, L], x0_prev [B, L, V] or None) -> logits [B, L, V], without dropout. "No
+signal" is None, or zeros for those sequences of a batch that have none. A denoiser treats both alike.
 """
 
 import copy
@@ -34,7 +37,7 @@ import torch.nn.functional as F
 
 
 def expect(right, message):
-    """Raise ValueError for an argument whose result would be silently wrong."""
+    """Raise ValueError for an argument that would silently give a wrong result."""
     if not right:
         raise ValueError(message)
 
@@ -62,11 +65,10 @@ def unmask_prob(s, t, schedule=LINEAR):
 
 
 def uniform(shape, device, generator=None):
-    """Draw uniform numbers in [0, 1). All randomness of this file comes from here.
+    """Draw uniform numbers in [0, 1). All draws of the process, the loss and the sampler come from here.
 
-    `generator` is a torch.Generator, None for torch's global one, or a function shape -> uniforms, with which
-    a test or a port replays known draws. The numbers are float64 because float32 is too coarse for rare
-    tokens (Zheng et al. 2024, arXiv 2409.02908). Apple's mps has no float64 and gets float32.
+    `generator` is a torch.Generator, None for torch's global one, or a function shape -> uniforms, which
+    replays known numbers. They are float64, except on Apple's mps, which has only float32.
     """
     if callable(generator):
         return torch.as_tensor(generator(shape), device=device)
@@ -78,8 +80,9 @@ def q_sample(x0, t, mask_id, *, u=None, frozen=None, schedule=LINEAR, generator=
     """Draw xt from q(xt | x0): each token is kept with probability alpha(t), and becomes the mask otherwise.
 
     x0 [B, L] integer tokens; t in [0, 1], a number or [B], one for each sequence; frozen [B, L] bool, where
-    nothing is masked; u [B, L], the uniforms if they are not to be drawn. With the same u a larger t masks a
-    superset. Returns xt [B, L]. Raises ValueError for a t or u of another shape or range.
+    nothing is masked; u [B, L], the uniforms if they are not to be drawn. With the same u, what is masked at
+    some t is also masked at any larger t. Returns a new xt [B, L]. Raises ValueError for a t outside [0, 1],
+    and for a wrong shape of t or u.
     """
     if u is None:
         u = uniform(x0.shape, x0.device, generator)  # [B, L]
@@ -102,14 +105,13 @@ class SelfConditioning(nn.Module):
 
         h = E[xt] + 1[xt is MASK] * (x0_prev @ E[:V] @ W.T)
 
-    The signal x0_prev is a distribution over tokens at each position. It becomes the mean embedding of those
-    tokens, and W says how to mix it into a masked position. A visible position gets nothing. W starts at
-    zero, so the adapted model is exactly the pretrained one until it is trained. The paper asks for a minimal
-    architectural change; this form of it is ours.
+    The signal is a distribution over tokens at each position. Its average token embedding, weighted by
+    probability, is mapped by W and added at masked positions. A visible position gets nothing. W starts at
+    zero, so the adapted model is exactly the pretrained one until it is trained.
 
-    Works with any model: add the result to its token embeddings. `embedding` is the model's own nn.Embedding
-    (anything with a `weight` [at least V, D]). It stays the model's parameter and learns through both uses.
-    If the model replaces its embedding, make a new adapter.
+    Works with any model: add the result to its token embeddings. `embedding` is the model's own nn.Embedding,
+    or anything with a `weight` [at least V, D]. It stays the model's parameter, and is trained both as the
+    input embedding and as part of the signal. If the model replaces it, make a new adapter.
     """
 
     def __init__(self, embedding, mask_id):
@@ -138,7 +140,7 @@ class SelfConditioning(nn.Module):
 
 @dataclass
 class Config:
-    """The sizes of a Transformer. Raises ValueError if the heads do not divide dim into pairs of features."""
+    """The sizes of a Transformer. dim must be a multiple of 2 * heads: rotary positions turn pairs."""
 
     vocab_size: int  # V, without the mask
     length: int  # the longest sequence, in tokens
@@ -147,7 +149,7 @@ class Config:
     heads: int = 4
     causal: bool = False  # True: an autoregressive model, which can score samples; False: a denoiser
     self_conditioning: bool = False
-    positions: bool = False  # learn an embedding for each position too, for data with a fixed start
+    positions: bool = False  # learn an embedding for each position too
 
     def __post_init__(self):
         pairs = 2 * self.heads
@@ -187,14 +189,13 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A plain bidirectional Transformer, the denoiser f(xt, x0_prev) -> logits.
+    """A plain Transformer. Unless it is causal, it is the denoiser f(xt, x0_prev) -> logits.
 
     It has no time input. For masked ("absorbing") diffusion the distribution of the clean tokens given xt
     does not depend on t, because xt itself shows what is masked (Ou et al. 2024, arXiv 2406.03736).
 
-    Rotary positions say how far apart two positions are, and not where they stand. To such a model a sequence
-    of masks looks the same everywhere. This suits a window of a longer text. Data with a first position, such
-    as a grid or a line, also needs `config.positions`.
+    Rotary positions encode only distances, which suits a window of a longer text. Where the absolute position
+    matters, as in a grid, set `config.positions`.
     """
 
     def __init__(self, config):
@@ -248,7 +249,7 @@ def add_self_conditioning(model):
 
 # --- 4. The loss -------------------------------------------------------------------------------------------
 
-T_MIN = 1e-3  # the smallest time in training: towards t = 0 the weight 1/t explodes
+T_MIN = 1e-3  # smaller times are raised to this: a rare mask with the weight 1/t makes the loss noisy
 
 
 def without_mask(logits, mask_id):
@@ -268,11 +269,11 @@ def masked_nll(logits, x0, masked, mask_id):
 
 @torch.no_grad()
 def make_signal(denoiser, x0, t, u, mask_id, *, unroll=1, frozen=None, schedule=LINEAR, generator=None):
-    """Return the signal x0_prev [B, L, V] for the state at times t [B] that the uniforms u [B, L] mask.
+    """Return the signal for pass 2, [B, L, V]. Pass 2 sees x0 masked at times t [B] by the uniforms u [B, L].
 
-    unroll=1 is the paper's recipe: one pass at the state at t itself, without a signal. A larger unroll makes
-    the signal by k passes, each given the last one's prediction, at the k states before t that a sampler of
-    T steps would have visited (see `earlier_times`). The same u masks all of them, so they are nested.
+    unroll=1 is the paper's recipe: one pass, at the state at t itself, without a signal. A larger unroll runs
+    k passes at k earlier, more masked states, as a sampler would (see `earlier_times`). Each gets the
+    prediction of the pass before it. The same u masks all states, so they are nested.
     Example: t = 0.5, T = 10 and k = 3 visit the states at 0.8, 0.7 and 0.6. The state at 0.5 is scored.
     """
     times = [t] if unroll == 1 else earlier_times(t, x0.shape[1], unroll, generator)
@@ -280,7 +281,7 @@ def make_signal(denoiser, x0, t, u, mask_id, *, unroll=1, frozen=None, schedule=
     for time in times:  # [B]
         xt = q_sample(x0, time.clamp(max=1), mask_id, u=u, frozen=frozen, schedule=schedule)  # [B, L]
         x0_prev = without_mask(denoiser(xt, x0_prev), mask_id).softmax(-1)  # [B, L, V]
-        x0_prev *= (time <= 1)[:, None, None]  # before t = 1 no step was made, so there is no signal
+        x0_prev *= (time <= 1)[:, None, None]  # a sampler starts at 1, so above it there is no signal
     return x0_prev
 
 
@@ -291,18 +292,18 @@ def diffusion_loss(
 ):  # fmt: skip
     """Return an estimate of the NELBO (negative evidence lower bound), a bound on -log p(x0). [B], nats.
 
-        E_t [ weight(t) * sum over masked i of -log p(x0_i | xt, x0_prev) ],  weight = -alpha' / (1 - alpha)
+        E [ weight(t) * sum over masked i of -log p(x0_i | xt, x0_prev) ],  weight = -alpha' / (1 - alpha)
 
-    The weight is the rate at which masks are revealed: unmask_prob(t - dt, t) = weight(t) dt. So each token
-    is paid for once, when it is revealed. The loss is the chain-rule cost of the sequence, averaged over all
-    orders in which its tokens could be revealed. For the linear schedule the weight is 1/t (MD4, arXiv
-    2406.04329; MDLM, arXiv 2406.07524).
+    The mean is over the time t and over which positions are masked. For the linear schedule the weight is 1/t
+    (MD4, arXiv 2406.04329; MDLM, arXiv 2406.07524). It is the rate at which masks are revealed at t. A token
+    is masked with probability 1 - alpha(t). Times the weight this integrates to 1, so each token is paid for
+    once. The loss is the chain-rule cost of the sequence, averaged over all orders of revealing its tokens.
 
     x0 [B, L] tokens. frozen [B, L] bool: positions that are never masked and never scored, whatever token
     stands there. self_cond_rate: the probability that a sequence is given its signal; 1 is SCMDM, 0.5 the
-    usual habit when training from scratch, 0 vanilla training. unroll, make_signal: see `make_signal`.
-    t [B]: the times, if they are not to be drawn. Raises ValueError for an argument out of range, and for a
-    mask among the free tokens of x0.
+    usual habit when training from scratch, 0 vanilla training. unroll: see `make_signal`, the function,
+    another of which may be passed. t [B]: the times, if they are not to be drawn.
+    Raises ValueError for an argument out of range, and for a mask among the free tokens of x0.
     Draws, in this order: times (1,) unless given; masks (B, L); who gets the signal (B,); make_signal's.
     """
     B = len(x0)
@@ -313,7 +314,7 @@ def diffusion_loss(
         expect(t.shape == (B,), f"t has shape {list(t.shape)}, expected [{B}], one time for each sequence")
         expect(((0 <= t) & (t <= 1)).all(), "t is outside [0, 1]")
 
-    # 1. One time for each sequence: a single draw, spread evenly over the batch, which makes the loss calmer.
+    # 1. One time for each sequence, evenly spaced from one draw, so that the batch's mean varies less.
     if t is None:
         u = uniform((1,), x0.device, generator)
         t = (u + torch.arange(B, device=x0.device, dtype=u.dtype) / B) % 1  # [B]
@@ -324,14 +325,15 @@ def diffusion_loss(
     xt = q_sample(x0, t, mask_id, u=u, frozen=frozen, schedule=schedule)  # [B, L]
     masked = xt != x0  # [B, L]
 
-    # 3. Pass 1: the model's own prediction becomes the signal, a constant. If a gradient went through it,
-    #    pass 1 could learn to send pass 2 a message instead of estimating x0.
+    # 3. Pass 1: the model's own prediction becomes the signal. No gradient goes through it. Otherwise pass 1
+    #    could be trained to hide a message for pass 2 in it, and in sampling the signal is a prediction.
     given = uniform((B,), x0.device, generator) < self_cond_rate  # [B]
     x0_prev = None
     if self_cond_rate > 0:
         options = dict(unroll=unroll, frozen=frozen, schedule=schedule, generator=generator)
-        x0_prev = make_signal(denoiser, x0, t, u, mask_id, **options) * given[:, None, None]  # [B, L, V]
-        torch.clear_autocast_cache()  # older PyTorch would reuse pass 1's casts, which carry no gradient
+        x0_prev = make_signal(denoiser, x0, t, u, mask_id, **options)  # [B, L, V]
+        x0_prev = x0_prev * given[:, None, None]
+        torch.clear_autocast_cache()  # else older PyTorch reuses weights that pass 1 cast without gradient
 
     # 4. Pass 2 is given the signal: score its masked positions, and weigh by time.
     nll = masked_nll(denoiser(xt, x0_prev), x0, masked, mask_id)  # [B]
@@ -350,14 +352,14 @@ def expect_tokens(x0, mask_id, frozen):
 
 
 def token_probs(logits, temperature, top_p):
-    """Return what tokens are drawn from: softmax(logits / temperature), cut to the nucleus of mass top_p."""
+    """Return softmax(logits / temperature), kept only for the fewest likely tokens of total mass top_p."""
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
     # the largest is subtracted first, so that dividing by a small temperature cannot give +inf
     probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if top_p < 1:
         p, token = probs.sort(dim=-1, descending=True, stable=True)
-        keep = p.cumsum(-1) - p < top_p  # while the more likely tokens have too little mass together
+        keep = p.cumsum(-1) - p < top_p  # keep a token if the more likely ones have less than top_p in total
         probs = torch.zeros_like(probs).scatter(-1, token, torch.where(keep, p, 0))
     return probs
 
@@ -375,14 +377,14 @@ def sample(
 ):  # fmt: skip
     """Fill every mask of the canvas x [B, L] in exactly `steps` calls of the denoiser. Returns tokens [B, L].
 
-    The canvas holds mask_id where tokens are wanted. Known tokens stand elsewhere and come back as they are,
-    so prompts, suffixes and infilling are all canvases. The first step gets no signal. Each later step gets
-    the prediction of the step before, unchanged by temperature and top_p.
+    The canvas holds mask_id where a token is wanted. All other tokens are kept, so it may contain a prompt, a
+    suffix or gaps. The first step gets no signal. Each later step gets the prediction of the step before,
+    unchanged by temperature and top_p.
 
     temperature 0 takes the most likely token; top_p draws from the fewest tokens of that mass. order "random"
     follows the diffusion process; "confidence" is MaskGIT's (see `most_confident`).
     on_step(step, x, x0_prev) is called after each step with the new state and the prediction it came from.
-    Raises ValueError for an option out of range, and for logits that are no distribution (NaN or infinite).
+    Raises ValueError for an option out of range, and for logits that are NaN, +inf, or all -inf.
     Draws, at each step: which masks to reveal (B, L), then the tokens (B, L).
     """
     expect(mask_id >= 0, f"mask_id is {mask_id}, expected a token id")
@@ -401,25 +403,26 @@ def sample(
         fine = not x0_prev.sum(-1).isnan().any()
         expect(fine, f"the denoiser gave NaN or infinite logits at step {step}")
 
-        # 2. Choose what to reveal. This draw and that of the token are separate, and float64. A single
-        #    float32 draw over {tokens, mask} would starve rare tokens (Zheng et al. 2024, arXiv 2409.02908).
+        # 2. Which masks are revealed. This draw and that of the tokens are separate, and float64. One joint
+        #    draw over {tokens, mask} scales each token by the small chance of revealing, and in float32 rare
+        #    tokens are then hardly ever drawn (Zheng et al. 2024, arXiv 2409.02908).
         u_reveal = uniform(x.shape, x.device, generator)  # [B, L]
         u_token = uniform(x.shape, x.device, generator)  # [B, L]
         t = torch.tensor(1 - step / steps, dtype=u_token.dtype, device=x.device)
         s = torch.tensor(1 - (step + 1) / steps, dtype=u_token.dtype, device=x.device)  # 0 at the last step
-        reveal = masked = x == mask_id  # [B, L]
-        if order == "random":
-            reveal = masked & (u_reveal < unmask_prob(s, t, schedule))  # at s = 0 all are revealed
+        masked = x == mask_id  # [B, L]
+        random = masked & (u_reveal < unmask_prob(s, t, schedule))  # at s = 0 all masks
+        chosen = random if order == "random" else masked  # confidence order draws for all, and keeps some
 
-        # 3. Draw a token for each of those.
-        candidates = without_mask(logits[reveal], mask_id).to(u_token.dtype)  # [R, V]
+        # 3. Which token each becomes.
+        candidates = without_mask(logits[chosen], mask_id).to(u_token.dtype)  # [number chosen, V]
         del logits
         drawn = x.clone()
-        drawn[reveal] = draw(token_probs(candidates, temperature, top_p), u_token[reveal]).to(x.dtype)
+        drawn[chosen] = draw(token_probs(candidates, temperature, top_p), u_token[chosen]).to(x.dtype)
         if order == "confidence":
             left = ((1 - schedule.alpha(s)) * blanks).round()  # [B, 1] masks that the schedule leaves at s
-            reveal = most_confident(drawn, x0_prev, masked, masked.sum(1, keepdim=True) - left)
-        x = torch.where(reveal, drawn, x)
+            chosen = most_confident(drawn, x0_prev, masked, masked.sum(1, keepdim=True) - left)
+        x = torch.where(chosen, drawn, x)
         if on_step is not None:
             on_step(step, x, x0_prev)
     return x
@@ -429,16 +432,15 @@ def sample(
 
 
 def earlier_times(t, L, unroll, generator=None):
-    """Return the k times [B] of the states that a sampler would have visited before t [B]. Ours.
+    """Return k times [B] above t, from the most masked state to the least, for `make_signal`. Ours.
 
-    In sampling the signal comes from the previous, more masked state, and was itself made with a signal. The
+    A sampler's signal comes from an earlier, more masked state, and was made with a signal itself. The
     paper's recipe never shows the model such a signal in training. Here k is uniform in 1..unroll, and the
-    times are t + i/T for i = k..1, where T is the number of sampling steps, log-uniform in L/4..4L. Times
-    above 1 lie before the first step. The idea of unrolled training is SUNDAE's (Savinov et al. 2022, arXiv
-    2112.06749). Draws: k (1,), then T (B,).
+    times are t + i/T for i = k..1: the states that a sampler of T steps visits before t. T is drawn too. The
+    idea of unrolling is SUNDAE's (Savinov et al. 2022, arXiv 2112.06749). Draws: k (1,), then T (B,).
     """
     k = 1 + int(unroll * uniform((1,), t.device, generator))  # one for the batch
-    T = L * 4 ** (2 * uniform(t.shape, t.device, generator) - 1)  # [B]
+    T = L * 4 ** (2 * uniform(t.shape, t.device, generator) - 1)  # [B], log-uniform in L/4..4L
     return [t + i / T for i in range(k, 0, -1)]
 
 
@@ -446,15 +448,13 @@ def earlier_times(t, L, unroll, generator=None):
 def sampler_bound(denoiser, x0, mask_id, steps, *, frozen=None, schedule=LINEAR, generator=None):
     """Return an estimate of the bound on -log p(x0) under `sample(..., steps)`. [B], nats per sequence. Ours.
 
-    diffusion_loss bounds what the denoiser could do with a signal made as in training. This bounds what the
-    sampler does with its few steps and its carried signal (random order, temperature 1). It is computed on
-    given data, so sharper samples cannot improve it.
+    diffusion_loss is a bound for very many steps, with a signal made as in training. This one is for `steps`
+    steps, with the signal carried as in `sample` (random order, temperature 1). It is the cost of given data,
+    so samples that merely become less diverse do not improve it.
 
-    It walks the sampler's own path: one u [B, L] per position gives nested masks, and the signal is carried
-    from step to step. At each step a masked position would be revealed with probability unmask_prob(s, t) and
-    would then cost -log p(x0_i); it is charged that expectation. On average this is the mean of
-    -log p(x0 | order) over all orders, which is far above -log p(x0) for a model that settles early on
-    something else in each order.
+    It walks the sampler's path to x0. Each position has one uniform for the whole walk, so masks only
+    disappear. Each step adds, for every masked position, the probability that it is revealed now times
+    -log p(x0_i). If a model settles early, on something else in each order of revealing, the bound is loose.
     Raises ValueError for steps < 1 or a mask among the free tokens of x0. Draws: masks (B, L).
     """
     expect(steps >= 1, f"steps is {steps}, expected 1 or more")
@@ -462,7 +462,8 @@ def sampler_bound(denoiser, x0, mask_id, steps, *, frozen=None, schedule=LINEAR,
     u = uniform(x0.shape, x0.device, generator)  # [B, L]
     bound, x0_prev = 0, None
     for step in range(steps):
-        t, s = (torch.tensor(1 - k / steps, dtype=u.dtype, device=u.device) for k in (step, step + 1))
+        t = torch.tensor(1 - step / steps, dtype=u.dtype, device=u.device)
+        s = torch.tensor(1 - (step + 1) / steps, dtype=u.dtype, device=u.device)
         xt = q_sample(x0, t, mask_id, u=u, frozen=frozen, schedule=schedule)  # [B, L]
         masked = xt != x0  # [B, L]
         logits = denoiser(xt, x0_prev)  # [B, L, V]
@@ -475,10 +476,11 @@ def sampler_bound(denoiser, x0, mask_id, steps, *, frozen=None, schedule=LINEAR,
 def most_confident(drawn, x0_prev, masked, count):
     """Return the `count` [B, 1] masked positions [B, L] whose drawn tokens are most likely by x0_prev.
 
-    This is MaskGIT's order (arXiv 2202.04200) without the noise that it adds. It prefers what is safe: fewer
-    rules are broken, but text repeats itself. Of equal positions the first comes first.
+    This is MaskGIT's order (arXiv 2202.04200) without the noise that it adds. It makes fewer errors in a
+    Sudoku, but text becomes repetitive. Of equal positions the first comes first.
     """
-    confidence = x0_prev.gather(-1, torch.where(masked, drawn, 0)[..., None].long())[..., 0]  # [B, L]
+    token = torch.where(masked, drawn, 0)[..., None].long()  # 0: a visible token may be out of range
+    confidence = x0_prev.gather(-1, token)[..., 0]  # [B, L]
     confidence = confidence.masked_fill(~masked, -1)  # below any probability, even one that underflows to 0
     rank = confidence.argsort(dim=-1, descending=True, stable=True).argsort(-1)  # 0 is the most confident
     return masked & (rank < count)
@@ -491,9 +493,9 @@ def save(path, model, **info):
     """Write a Transformer and any metadata (`info`: JSON values) to one .npz, which numpy alone can read.
 
     There is one array for each parameter, under its PyTorch name and in its own precision (bfloat16, which
-    numpy lacks, becomes float32). `header` is UTF-8 JSON in a uint8 array: the config, and info added to what
-    the model was loaded with. The file is written under another name and then renamed, so that a crash leaves
-    an older file whole. Raises OSError if it cannot be written.
+    numpy lacks, becomes float32). `header` is UTF-8 JSON in a uint8 array, with the config and the metadata:
+    model.info, updated with info. The file is written under another name and then renamed, so that a crash
+    leaves an older file whole. Raises OSError if it cannot be written.
     """
     header = json.dumps({"config": asdict(model.config), "info": model.info | info}, ensure_ascii=False)
     arrays = {"header": np.frombuffer(header.encode("utf-8"), dtype=np.uint8)}
@@ -519,17 +521,16 @@ def load(path, device="cpu"):
             arrays = {name: file[name] for name in file.files}
         header = arrays.pop("header")  # uint8, or a Unicode string in the oldest files
         header = json.loads(header.tobytes().decode("utf-8") if header.dtype == np.uint8 else str(header))
-        config, info = Config(**header["config"]), dict(header["info"])
+        weights = {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items()}
+        with torch.device("meta"):  # only shapes, no random weights
+            model = Transformer(Config(**header["config"]))
+        model.info = dict(header["info"])
     except OSError:
         raise
     except Exception as error:  # a damaged zip raises nearly anything
         raise ValueError(f"{path}: not a model file, or a damaged one ({type(error).__name__})") from None
-    with torch.device("meta"):  # only shapes, no random weights
-        model = Transformer(config)
-    weights = {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items()}
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
-    model.info = info
     return model.to(device)
