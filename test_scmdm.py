@@ -1907,7 +1907,7 @@ def test_sudoku_is_exactly_uniform():
 def test_text_score():
     """The score of text is the share of known words, except for the first and last, which may be cut off."""
     domain = data.get("text")
-    rows = encoded(domain, "xqz King is dead, xqz", "xqz King xqz dead xqz")
+    rows = encoded(domain, "xqz King is dead, xqz", "xqz King quee dead xq")
     assert text.score(rows, None) == {"words": 5 / 6} and text.score(rows[:, -5:], None) == {"words": 0}
     assert text.score(encoded(domain, "a Casca a"), None) == {"words": 0}, "held-out words are not known"
 
@@ -1915,7 +1915,7 @@ def test_text_score():
 def test_molecules_closed():
     """Open ring bonds, open brackets and brackets in the wrong order are seen without RDKit."""
     closed = ["CCO", "C1CC1", "CC(C)O", "C[NH3+]", "C1CC2CC12", "[NH3+]C1CC1"]
-    opened = ["C1CC", "CC(C", "CC)C(", "C[NH3+", "CNH3+]", "C1CC12", "[NH3+]C3"]
+    opened = ["C1CC", "CC(C", "CC)C(", "C[N+", "CN+]", "C1CC12", "[NH3+]C5"]
     assert all(map(molecules.closed, closed)) and not any(map(molecules.closed, opened))
     rows = encoded(data.get("molecules"), *closed, *opened)
     assert molecules.score(rows, None)["closed"] == len(closed) / len(rows)
@@ -1934,9 +1934,10 @@ def test_molecules_valid_unique_and_novel():
 def test_dna_score_reads_in_frame():
     """A stop codon counts in the reading frame only; divergences are of codons and of amino acid pairs."""
     domain = data.get("dna")
-    real, inside, across = "AAA" * 42, "AAA" * 20 + "TAA" + "AAA" * 21, "AAA" * 20 + "ATAAGA" + "AAA" * 20
+    inside, across = "AAA" * 20 + "TAA" + "AAA" * 21, "AAA" * 20 + "ATAAGA" + "AAA" * 20
     rows = encoded(domain, across, inside, inside.replace("TAA", "TAG"), inside.replace("TAA", "TGA"))
     assert dna.score(rows, rows) == {"open": 1 / 4, "JS codons": 0, "JS amino acids": 0}
+    assert dna.score(rows[:1], rows)["open"] == 1 and dna.score(rows[1:], rows)["open"] == 0
     real, same_acid, other_acid = (encoded(domain, codon * 42) for codon in ("AAA", "AAG", "GCG"))
     assert dna.score(real, same_acid) == {"open": 1, "JS codons": 1, "JS amino acids": 0}
     assert dna.score(real, other_acid) == {"open": 1, "JS codons": 1, "JS amino acids": 1}
@@ -1953,12 +1954,14 @@ def test_genes():
         starts.setdefault(match.end(1), match.start(1))
     expected = sorted((start, end) for end, start in starts.items() if end - start >= 3 * 42)
     assert sorted(dna.open_reading_frames(bases, shortest=42)) == expected and len(expected) > 20
-    other = 3 - bases[::-1]
-    found = dna.genes(bases, shortest=42)
-    assert sorted(found.tolist()) == sorted(dna.genes(other, shortest=42).tolist())
-    frames = [x[a:b] for x in (bases, other) for a, b in dna.open_reading_frames(x, shortest=42)]
-    assert max(frames, key=len)[:126].tolist() in found.tolist() and dna.score(found, found)["open"] == 1
-    assert 40 < len(found) < sum(len(frame) // 126 for frame in frames), "of two that overlap one is left out"
+    strands, taken, rows = (bases, 3 - bases[::-1]), set(), []
+    frames = [(a, b, s) for s in (0, 1) for a, b in dna.open_reading_frames(strands[s], shortest=42)]
+    for start, end, strand in sorted(frames, key=lambda frame: frame[0] - frame[1]):
+        places = set(range(start, end) if strand == 0 else range(60000 - end, 60000 - start))
+        if not places & taken:
+            taken |= places
+            rows += [strands[strand][i : i + 126].tolist() for i in range(start, end - 125, 126)]
+    assert dna.genes(bases, shortest=42).tolist() == rows and len(rows) > 40
     codons = dna.codons(encoded(data.get("dna"), "ATGTGGAAATTTTAATAGTGA"))[0]
     assert "".join(dna.CODE[codon] for codon in codons) == "MWKF***" and codons[0] == dna.ATG
 
@@ -2019,7 +2022,7 @@ LINES = {"lines": True}
 OWN = {  # file name: content, arguments, what is read (a stream, or the set of its rows)
     "tale.txt": (b"\xef\xbb\xbf" + "é a\r\n".encode() * 20, {"length": 2}, "é a\n" * 20),
     "text.txt": ("ab" * 40, {"length": 2}, "ab" * 40),
-    "lines.txt": ("hello\n\nbee\n" * 20 + "much too long\n", LINES | {"length": 5}, {"hello", "bee"}),
+    "lines.txt": ("hello\n\nbee\n" * 20 + "longer\n", LINES | {"length": 5}, {"hello", "bee"}),
     "stream.fasta": (FASTA, {"length": 2}, "\n".join(["ACGTTA", "GG"] * 20)),
     "GENES.FA": (FASTA, LINES, {"ACGTTA", "GG"}),
     "farsi.fa": ("a > b\n" * 40, LINES, {"a > b"}),
@@ -2045,7 +2048,7 @@ BAD = {  # file name: content, arguments, what the message says
     "nowords.npy": (npy(NUMBERS), {"vocab": "nowhere"}, "nowhere: No such file"),
     "few.npy": (npy(NUMBERS + 1), {"vocab": "words"}, "words: 7 lines, expected one for each token, 0 to 7"),
     "length.npy": (npy(NUMBERS), {"length": 5}, "--length 5, expected that of the rows, 6"),
-    "huge.npy": (npy(np.append(NUMBERS, 2**31 - 1)), {}, "a token 2147483647, expected less than 300,000"),
+    "huge.npy": (npy(np.append(NUMBERS, 300_000)), {}, "a token 300000, expected less than 300,000"),
     "negative.npy": (npy(NUMBERS - 1), {}, "a token -1, expected 0 or more"),
     "floats.npy": (npy(NUMBERS / 2), {}, "expected integers, a stream [N] or rows [N, L]"),
     "empty.npy": (npy(NUMBERS[:0]), {}, "expected integers"),
@@ -2112,6 +2115,7 @@ def test_other_data_in_the_vocabulary_of_a_model(write):
     adapted = data.with_vocabulary_of(second, info_of(first))
     assert (adapted.vocab, adapted.length, adapted.steps) == (first.vocab, 5, 5) and second.length == 3
     assert read(adapted) == read(data.from_info(info_of(adapted))) == {"da", "b"}
+    assert (adapted.load()[0][:, 2:] == first.index["<end>"]).all()
     assert data.with_vocabulary_of(first, info_of(first)) is first
     stream, own = data.get("first", length=4), data.get("second", length=4)
     assert read(data.with_vocabulary_of(own, info_of(stream))) == "da\nb\n" * 40 + "abc\n"

@@ -22,7 +22,7 @@ TABLES = {  # suffix -> a command that prints one column of such a file
 }
 
 
-def check(right, message):
+def expect(right, message):
     if not right:
         raise BadInput(message)
 
@@ -35,9 +35,9 @@ def from_file(name, lines=False, length=None, vocab=None):
     `vocab` may say what they stand for, one token per line. `length` is the window that a stream is cut into,
     or the longest line that is kept (default: 128).
     """
-    path, is_array = Path(name), name.lower().endswith(".npy")
-    check(not (lines and is_array), f"{path}: --lines is for text; in an .npy each row is a sequence")
-    check(is_array or not vocab, f"{path}: --vocab is for an .npy; the tokens of a text are its characters")
+    path, is_array = Path(name), name.lower().endswith((".npy", ".npz"))
+    expect(not (lines and is_array), f"{path}: --lines is for text; in an .npy each row is a sequence")
+    expect(is_array or not vocab, f"{path}: --vocab is for an .npy; the tokens of a text are its characters")
     try:
         if is_array:
             domain, tokens = from_array(path, length, vocab)
@@ -47,7 +47,7 @@ def from_file(name, lines=False, length=None, vocab=None):
         takes = f"--data takes a file, or one of {', '.join(NAMES)}"
         raise BadInput(f"{error.filename}: {error.strerror}; {takes}") from None
     unit, least = ("tokens", 40 * domain.length) if tokens.ndim == 1 else ("sequences", 40)
-    check(len(tokens) >= least, f"{path}: {len(tokens)} {unit}, expected at least {least}")
+    expect(len(tokens) >= least, f"{path}: {len(tokens)} {unit}, expected at least {least}")
     if domain.name in NAMES:  # that name would mean the built-in domain and its models
         domain.name = f"my-{domain.name}"
     vocab = vocab and str(Path(vocab).resolve())
@@ -62,7 +62,7 @@ def read(path):
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         text = "\0"
-    check("\0" not in text, f"{path}: {BINARY}")
+    expect("\0" not in text, f"{path}: {BINARY}")
     return text
 
 
@@ -72,10 +72,11 @@ def strings(path):
     if suffix in TABLES:
         command = f"{TABLES[suffix].format(path.name)} > {path.stem}.txt"
         raise BadInput(f"{path}: a table, expected only the sequences. For example: {command}")
-    if suffix in (".fa", ".fas", ".fasta", ".fna", ".ffn", ".faa") and text.startswith(">"):
+    first = text.lstrip()[:1]
+    if suffix in (".fa", ".fas", ".fasta", ".fna", ".ffn", ".faa") and first == ">":
         return ["".join(part.split()) for part in re.split("(?m)^>.*", text)[1:]]  # may be wrapped
-    if suffix in (".fq", ".fastq") and text.startswith("@"):
-        return text.split("\n")[1::4]  # a read is a header, its sequence, a plus sign and its quality
+    if suffix in (".fq", ".fastq") and first == "@":
+        return text.strip().split("\n")[1::4]  # a read is a header, its sequence, a plus sign and its quality
     if suffix == ".smi":
         text = re.sub(r"(?m)[ \t].*", "", text)  # a SMILES, then perhaps its name
     return text.split("\n")
@@ -95,7 +96,7 @@ def from_lines(path, longest, end="<end>"):
     if len(kept) < len(lines):
         left_out = f"{path}: {len(lines) - len(kept)} of {len(lines)} lines are longer than {longest}"
         longer = f"--length {max(map(len, lines))} keeps all of them, without --lines the file is one stream"
-        check(2 * len(kept) >= len(lines), f"{left_out}; {longer}")
+        expect(2 * len(kept) >= len(lines), f"{left_out}; {longer}")
         print(f"{left_out} and are left out", file=sys.stderr)
     length = max(map(len, kept), default=0) + 1
     domain = Domain(path.stem, [*sorted(set("".join(kept))), end], length, end=end)
@@ -113,17 +114,17 @@ def from_array(path, length, vocab):
         tokens = None
     integers = isinstance(tokens, np.ndarray) and tokens.dtype.kind in "iu"
     right = integers and tokens.ndim in (1, 2) and tokens.size > 0
-    check(right, f"{path}: expected integers, a stream [N] or rows [N, L], as numpy.save writes them")
+    expect(right, f"{path}: expected integers, a stream [N] or rows [N, L], as numpy.save writes them")
     low, high = int(tokens.min()), int(tokens.max())
-    check(low >= 0, f"{path}: a token {low}, expected 0 or more")
+    expect(low >= 0, f"{path}: a token {low}, expected 0 or more")
     if vocab:
         words = read(vocab).removesuffix("\n").split("\n")
-        check(high < len(words), f"{vocab}: {len(words)} lines, expected one for each token, 0 to {high}")
+        expect(high < len(words), f"{vocab}: {len(words)} lines, expected one for each token, 0 to {high}")
     else:
-        check(high < MOST_IDS, f"{path}: a token {high}, expected less than {MOST_IDS:,} without --vocab")
+        expect(high < MOST_IDS, f"{path}: a token {high}, expected less than {MOST_IDS:,} without --vocab")
         words = [str(i) for i in range(high + 1)]
     if tokens.ndim == 2:
         own = tokens.shape[1]
-        check(length in (None, own), f"{path}: --length {length}, expected that of the rows, {own}")
+        expect(length in (None, own), f"{path}: --length {length}, expected that of the rows, {own}")
         length = own
     return Domain(path.stem, words, length or 128, join=" "), tokens
