@@ -22,8 +22,8 @@ from data.study import files, results
 from data.study.metrics import half_width, measure
 from data.study.scoring import find_scoring, scoring_nll
 from data.study.variants import as_trained
-from data.terminal import Progress
-from sample import SHIPPED, load_models, models_in, number, pick_device, run
+from data.terminal import Progress, number, run
+from sample import SHIPPED, load_models, models_in, pick_device
 from scmdm import COSINE, sample, sampler_bound, token_probs
 
 GIVEN = {"sudoku": 0.4}  # the share of a held-out sequence that is given when a model completes the rest

@@ -21,8 +21,8 @@ from data import BadInput, windows
 from data.study import files, results
 from data.study.bench import folder_for_results, open_models
 from data.study.metrics import half_width
-from data.terminal import Progress
-from sample import number, pick_device, run
+from data.terminal import Progress, number, run
+from sample import pick_device
 from scmdm import masked_nll, q_sample, uniform, without_mask
 
 

@@ -7,6 +7,7 @@ A file has a row for each model, seed, number of sampling steps and temperature.
 """
 
 import argparse
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ import numpy as np
 from data import BadInput
 from data.study.files import read
 from data.study.metrics import difference, over_seeds
-from data.terminal import print_table
-from sample import label, newest, run
+from data.terminal import print_table, run
+from sample import label
 
 HERE = Path(__file__).parent
 SHOWN = {  # the metrics in the tables, with the quality first; the files hold more
@@ -36,10 +37,15 @@ def words(model):
     return f"from scratch, {label(model[8:])}" if model.startswith("scratch-") else label(model)
 
 
+def place(model):
+    """Return a model's place in tables: the base, the control, then by rate and unroll."""
+    return model.startswith("scratch"), [float(part) for part in re.findall(r"[\d.]+", model)]
+
+
 def groups(rows):
     """Return {(model, steps): its rows}: temperature 1, the model's own signal, no real data."""
     found = {}
-    for row in sorted(rows, key=lambda row: row["steps"]):
+    for row in sorted(rows, key=lambda row: (row["steps"], place(row["model"]))):
         if row["model"] != "real" and "signal" not in row and row.get("temperature", 1) == 1:
             found.setdefault((row["model"], row["steps"]), []).append(row)
     return found
@@ -167,7 +173,7 @@ def report(rows):
 def report_orders(rows):
     """Print the table of -log p by several orders, from the rows that likelihood.py writes."""
     found, table = {}, []
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row["steps"], place(row["model"]), row["orders"])):
         found.setdefault((row["model"], row["steps"], row["orders"]), []).append(row)
     for (model, steps, orders), group in found.items():
         line = {"model": words(model), "steps": f"{steps:g}", "orders": f"{orders:g}"}

@@ -2,6 +2,7 @@
 
     python -m data.study.runs                train and measure whatever is missing, then print the tables
     python -m data.study.runs depth1 small   only these runs
+    python -m data.study.runs --show         only the tables of what has been measured
 
 A run is a folder in runs/study/. It is made by the commands that a user would type, and printed as such, so it
 goes on where it was stopped. Its rows are copied into results/runs.csv. Two halves of the list can be run at
@@ -22,8 +23,10 @@ import torch
 from data import sudoku
 from data.study import files, results
 from data.study.bench import fill, open_models
+from data.study.metrics import difference
 from data.study.variants import SIGNALS
-from sample import SHIPPED, run
+from data.terminal import print_table, run
+from sample import SHIPPED
 
 FOLDER, TABLE = Path("runs/study"), results.HERE / "results" / "runs.csv"
 BASE = SHIPPED / "sudoku" / "base.npz"  # 3 blocks, 4,000 iterations
@@ -49,7 +52,7 @@ SMALL = "--stage pretrain --dim 64 --depth 3"
 CONFIDENCE = "--steps 36 --order confidence"
 
 RUNS = {
-    "calls": Run(bench=["--steps 6 12 18 36 72 144 288"]),
+    "steps": Run(bench=["--steps 6 12 18 36 72 144 288"]),
     "confidence": Run(bench=["--steps 12 18 36 72 144 --order confidence"]),
     "cosine": Run(bench=["--steps 36 144 --schedule cosine"]),
     "chains": Run([f"{SHORT} 2000 --unroll 1 2 4 8 16 32"]),
@@ -67,8 +70,8 @@ RUNS = {
     "depth6": Run([f"{PRETRAIN} --depth 6", OWN], ["--steps 36 144", CONFIDENCE]),
     "base500": Run([f"{PRETRAIN} --iters 500", OWN]),
     "base12000": Run([f"{PRETRAIN} --iters 12000", OWN]),
-    "steps500": Run([f"{SHORT} 500 --unroll 16"]),
-    "steps14000": Run([f"{SHORT} 14000 --rates 1 --unroll 16", f"{ONCE} 14000 --rates 1 --unroll 8"],
+    "iters500": Run([f"{SHORT} 500 --unroll 16"]),
+    "iters14000": Run([f"{SHORT} 14000 --rates 1 --unroll 16", f"{ONCE} 14000 --rates 1 --unroll 8"],
                       ["--steps 36 72 144"], seeds=3),
     "unroll8": Run([f"{SHORT} 7000 --rates 1 --unroll 8"], seeds=3),
     "seeds": Run([f"{SHORT} 2000 --rates 1 --unroll 16"], seeds=3),  # to compare the variants with
@@ -111,7 +114,9 @@ def make(name):
             continue
         if name == "small":
             row |= count(draw(out, row, 20_000))
-        elif "rate1" in row["model"] and (name, row["steps"]) in (("calls", 144), ("confidence", 36)):
+        elif row["steps"] == 36 and row.get("sampler") == "order=confidence":
+            row |= coincide(draw(out, row, 2000))
+        elif name == "steps" and row["steps"] == 144 and "rate1" in row["model"]:
             row |= coincide(draw(out, row, 2000))
     files.add(TABLE, rows)
 
@@ -160,19 +165,33 @@ def coincide(x):
     return {"coincide": found / expected, "coincide, half over grids": 1.96 * found**0.5 / expected}
 
 
+def summary(rows):
+    """Return the table of all runs of one domain: each model's means, and its bound minus the base's."""
+    table = []
+    for run, sampler in dict.fromkeys((row["run"], row.get("sampler", "")) for row in rows):
+        of_run = [row for row in rows if (row["run"], row.get("sampler", "")) == (run, sampler)]
+        found = results.groups(of_run)
+        for (model, steps), line in zip(found, results.means([row for row in of_run if row["model"] != "real"])):
+            order = ", confidence order" if sampler == "order=confidence" and run != "confidence" else ""
+            line = {"run": run + order} | line
+            change = difference(found[model, steps], found["base", steps], "bound")
+            change = f"{change.text('+')}, {change.verdict()}" if change and model != "base" else ""
+            bound = {"bound": line.pop("bound"), "minus base": change} if "bound" in line else {}
+            table.append({key: line.pop(key) for key in ("run", "model", "steps", "seeds")} | bound | line)
+    return table
+
+
 def show(names):
-    """Print the tables of the runs."""
-    rows = files.read(TABLE)
-    for name in names:
-        of_run = [row for row in rows if row["run"] == name]
-        if not of_run:
-            continue
-        print(f"\n## {name}")
-        results.report(of_run)
-        for row in of_run:
-            if "coincide" in row:
-                print(f"{results.words(row['model'])}, {row['steps']:g} steps: valid grids coincide"
-                      f" {row['coincide']:.2f} ± {row['coincide, half over grids']:.2f} times as often as by chance")
+    """Print what the runs measured: a table for each domain, and how often valid grids coincide."""
+    rows = sorted((row for row in files.read(TABLE) if row["run"] in names), key=lambda row: names.index(row["run"]))
+    for domain in dict.fromkeys(row["domain"] for row in rows):
+        of_domain = [row for row in rows if row["domain"] == domain]
+        print(f"\n{domain}: {of_domain[0]['unit']}, ± is a 95% interval over training seeds. minus base: of the bound.")
+        print_table(summary(of_domain))
+    for row in rows:
+        if "coincide" in row:
+            print(f"{row['run']}, {results.words(row['model'])}, {row['steps']:g} steps: valid grids coincide"
+                  f" {row['coincide']:.2f} ± {row['coincide, half over grids']:.2f} times as often as by chance")
 
 
 def main():

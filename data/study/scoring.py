@@ -16,7 +16,8 @@ import torch.nn.functional as F
 import data
 from data import BadInput, windows
 from data.study.training import new_model, train_to
-from sample import SHIPPED, number, pick_device, read_model, run
+from data.terminal import number, run
+from sample import SHIPPED, pick_device, read_model
 from train import DEFAULTS
 
 ITERS = 4000  # a causal model learns from every position at once, so it needs fewer iterations than a base

@@ -31,6 +31,7 @@ import torch
 import data
 import sample as sample_py
 import train as train_py
+from data import terminal
 from data.study import bench, files, likelihood, metrics, pictures, results, runs, scoring, training, variants
 from scmdm import Config, SelfConditioning, Transformer, add_self_conditioning, diffusion_loss, earlier_times
 from scmdm import make_signal, sample, save
@@ -97,7 +98,7 @@ def call(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, words)])
         code = 0
         try:
-            sample_py.run(script.main)
+            terminal.run(script.main)
         except SystemExit as stop:
             code = stop.code
         out, err = capsys.readouterr()
@@ -617,3 +618,29 @@ def test_figures(call, tmp_path):
 
 
 # --- 5. The write-up ---------------------------------------------------------------------------------------
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def is_part(line, whole):
+    """Whether the cells of a line are among those of another, in the same order."""
+    rest = iter(cells(whole))
+    return all(cell in rest for cell in cells(line) if cell)
+
+
+def test_readme_shows_what_the_files_say(call):
+    """Each row of a table in README.md that names its command is among the rows that the command prints."""
+    printed, checked = {}, 0
+    for command, table in re.findall(r"<!-- python -m (.*?) -->\n\n((?:\|.*\n)+)", (HERE / "README.md").read_text()):
+        module, *words = command.split()
+        if command not in printed:
+            script = {"data.study.results": results, "data.study.runs": runs}[module]
+            words = [TOP / word if word.endswith(".csv") else word for word in words]
+            printed[command] = [line for line in call(script, *words).splitlines() if " | " in line]
+        for line in table.splitlines():
+            if not set(line) <= set("|- "):
+                assert any(is_part(line, whole) for whole in printed[command]), f"{command} does not print {line}"
+                checked += 1
+    assert checked > 200
