@@ -42,9 +42,9 @@ class Run:
     data: str = "sudoku"
 
 
-SHORT = f"train.py --data sudoku --no-table --init {BASE} --out {{out}} --seed {{seed}} --resume --iters"
+SHORT = f"train.py --data sudoku -n 0 --init {BASE} --out {{out}} --seed {{seed}} --resume --iters"
 ONCE = SHORT.replace("{seed}", "0")
-OWN = "train.py --data sudoku --no-table --out {out} --iters 2000 --unroll 16 --resume"  # from the folder's base
+OWN = "train.py --data sudoku -n 0 --out {out} --iters 2000 --unroll 16 --resume"  # from the folder's base
 PRETRAIN = "train.py --data sudoku --stage pretrain --out {out} --resume"
 GRIDS4 = f"{FOLDER}/grids4.npy"
 TEXT = "train.py --data text --out {out} --resume --compile"
@@ -79,10 +79,10 @@ RUNS = {
     "softened": Run(["-m data.study.variants softened --out {out} --seed {seed}",
                      "-m data.study.variants softened --out {out} --unroll 1"], seeds=3),
     "small": Run([f"train.py --data {GRIDS4} --stage pretrain --dim 32 --depth 1 --heads 4 --iters 2000 --out {{out}}",
-                  f"train.py --data {GRIDS4} --no-table --iters 2000 --unroll 1 16 --lr 2e-3 --rates 1 --out {{out}}",
-                  f"train.py --data {GRIDS4} --no-table --iters 2000 --rates 0 --out {{out}}"],
+                  f"train.py --data {GRIDS4} -n 0 --iters 2000 --unroll 1 16 --lr 2e-3 --rates 1 --out {{out}}",
+                  f"train.py --data {GRIDS4} -n 0 --iters 2000 --rates 0 --out {{out}}"],
                  ["--steps 16 64"], data="grids4"),
-    "text": Run([f"{TEXT} {SMALL} --iters 3000", f"{TEXT} --no-table --rates 0 .5 1 --unroll 1",
+    "text": Run([f"{TEXT} {SMALL} --iters 3000", f"{TEXT} -n 0 --rates 0 .5 1 --unroll 1",
                  f"-m data.study.variants scratch --data text --out {{out}} --rate .5 --unroll 1 --iters 4000"
                  " --dim 64 --depth 3"], ["--steps 16 64"], data="text"),
     "text4000": Run([f"{TEXT} {SMALL} --iters 4000"], ["--steps 16 64"], data="text"),
