@@ -73,7 +73,8 @@ def means(rows):
     real = [row for row in rows if row["model"] == "real"]
     if real:
         values = {column: over_seeds(real, column) for column in metrics}
-        values |= {column: over_seeds(real, "entropy") for column in {"bound", "predictive entropy"} & set(columns)}
+        exact = [key for key in ("bound", "predictive entropy") if key in columns]  # what the data itself has
+        values |= {key: over_seeds(real, "entropy") for key in exact}
         # nothing was trained, so an interval would mean something else
         texts = {column: value._replace(half=None).text() for column, value in values.items() if value}
         table.append({"model": "real data"} | texts)
@@ -111,7 +112,7 @@ def other_signals(rows):
 
 
 def at_equal(column, rows, quality):
-    """Return the table of each model's quality beside that of base and control at the same predictive entropy.
+    """Return the table of each model's quality minus that of base and control at equal predictive entropy.
 
     A gain that a lower temperature would give the base too is sharpening. What is left at equal predictive
     entropy (or at an equal value of another column, such as the share of distinct 4-grams) is not. The
@@ -155,7 +156,8 @@ def report(rows):
         of_sampler = [row for row in rows if row.get("sampler", "") == sampler]
         if not groups(of_sampler):
             continue
-        print(f"\n{sampler or 'Random order'}. {rows[0]['unit'].capitalize()}; ± is a 95% interval over seeds.")
+        unit = rows[0]["unit"].capitalize()
+        print(f"\n{sampler or 'Random order'}. {unit}; ± is a 95% interval over training seeds.")
         print_table(means(of_sampler))
         if table := differences(of_sampler):
             print("\nPaired differences. A difference within ± is no gain, and one seed has no ±.")
@@ -180,14 +182,15 @@ def report_orders(rows):
         line |= {"seeds": over_seeds(group, "-log p").seeds, "-log p": over_seeds(group, "-log p").text()}
         for other, name in (("base", "minus base"), ("rate0", "minus control")):
             others = found.get((other, steps, orders), [])
-            # every seed has the same sequences and orders, so the one base is the partner of all of them
-            others = [others[0] | {"seed": row["seed"]} for row in group] if other == "base" and others else others
+            if others and other == "base":  # all seeds have the same sequences, so it is everyone's partner
+                others = [others[0] | {"seed": row["seed"]} for row in group]
             change = difference(group, others, "-log p") if model not in ("base", other) else None
             line[name] = f"{change.text('+')}, {change.verdict()}" if change else ""
         if model != "base":
             line["± over sequences"] = f"{np.mean([row['half over sequences'] for row in group]):.3f}"
         table.append(line)
-    print(f"{rows[0]['unit'].capitalize()}; ± is a 95% interval over seeds, but the last is over sequences.")
+    unit = rows[0]["unit"].capitalize()
+    print(f"{unit}; ± is a 95% interval over training seeds, except for ± over sequences.")
     print_table(table)
 
 

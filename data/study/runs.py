@@ -4,9 +4,8 @@
     python -m data.study.runs depth1 small   only these runs
     python -m data.study.runs --show         only the tables of what has been measured
 
-A run is a folder in runs/study/. It is made by the commands that a user would type, and printed as such, so it
-goes on where it was stopped. Its rows are copied into results/runs.csv. Two halves of the list can be run at
-the same time.
+A run is a folder in runs/study/. It is made by the commands that a user would type, which are printed, so it
+goes on where it was stopped. Its rows are copied into results/runs.csv.
 """
 
 import argparse
@@ -47,6 +46,7 @@ ONCE = SHORT.replace("{seed}", "0")
 OWN = "train.py --data sudoku -n 0 --out {out} --iters 2000 --unroll 16 --resume"  # from the folder's base
 PRETRAIN = "train.py --data sudoku --stage pretrain --out {out} --resume"
 GRIDS4 = f"{FOLDER}/grids4.npy"
+FOUR = f"train.py --data {GRIDS4} --iters 2000 --out {{out}} --resume"
 TEXT = "train.py --data text --out {out} --resume --compile"
 SMALL = "--stage pretrain --dim 64 --depth 3"
 CONFIDENCE = "--steps 36 --order confidence"
@@ -75,12 +75,12 @@ RUNS = {
                       ["--steps 36 72 144"], seeds=3),
     "unroll8": Run([f"{SHORT} 7000 --rates 1 --unroll 8"], seeds=3),
     "seeds": Run([f"{SHORT} 2000 --rates 1 --unroll 16"], seeds=3),  # to compare the variants with
-    **{name: Run([f"-m data.study.variants {name} --out {{out}}"]) for name in (*SIGNALS, "hardened", "everywhere")},
+    **{name: Run([f"-m data.study.variants {name} --out {{out}}"])
+       for name in (*SIGNALS, "hardened", "everywhere")},
     "softened": Run(["-m data.study.variants softened --out {out} --seed {seed}",
                      "-m data.study.variants softened --out {out} --unroll 1"], seeds=3),
-    "small": Run([f"train.py --data {GRIDS4} --stage pretrain --dim 32 --depth 1 --heads 4 --iters 2000 --out {{out}}",
-                  f"train.py --data {GRIDS4} -n 0 --iters 2000 --unroll 1 16 --lr 2e-3 --rates 1 --out {{out}}",
-                  f"train.py --data {GRIDS4} -n 0 --iters 2000 --rates 0 --out {{out}}"],
+    "small": Run([f"{FOUR} --stage pretrain --dim 32 --depth 1", f"{FOUR} -n 0 --rates 0",
+                  f"{FOUR} -n 0 --rates 1 --unroll 1 16 --lr 2e-3"],
                  ["--steps 16 64"], data="grids4"),
     "text": Run([f"{TEXT} {SMALL} --iters 3000", f"{TEXT} -n 0 --rates 0 .5 1 --unroll 1",
                  f"-m data.study.variants scratch --data text --out {{out}} --rate .5 --unroll 1 --iters 4000"
@@ -142,8 +142,8 @@ def grids4():
 def count(x):
     """Return what samples x [N, 16] of 4 x 4 Sudoku say about the sampler's distribution over the 288 grids.
 
-    valid: the mass on them. -log p: its mean over them, in nats, which the bound exceeds. entropy of the grids:
-    of the distribution among them, ln 288 = 5.663 if all are equally likely.
+    valid: the mass on them. -log p: its mean over them, in nats, which the bound exceeds. entropy of the
+    grids: of the distribution among them, ln 288 = 5.663 if all are equally likely.
     """
     grids, code = grids4(), 4 ** np.arange(16)  # a grid as one number
     counts = (np.sort(grids @ code)[:, None] == x @ code).sum(1)  # [288]
@@ -171,7 +171,8 @@ def summary(rows):
     for run, sampler in dict.fromkeys((row["run"], row.get("sampler", "")) for row in rows):
         of_run = [row for row in rows if (row["run"], row.get("sampler", "")) == (run, sampler)]
         found = results.groups(of_run)
-        for (model, steps), line in zip(found, results.means([row for row in of_run if row["model"] != "real"])):
+        lines = results.means([row for row in of_run if row["model"] != "real"])
+        for (model, steps), line in zip(found, lines):
             order = ", confidence order" if sampler == "order=confidence" and run != "confidence" else ""
             line = {"run": run + order} | line
             change = difference(found[model, steps], found["base", steps], "bound")
@@ -183,15 +184,18 @@ def summary(rows):
 
 def show(names):
     """Print what the runs measured: a table for each domain, and how often valid grids coincide."""
-    rows = sorted((row for row in files.read(TABLE) if row["run"] in names), key=lambda row: names.index(row["run"]))
+    rows = [row for row in files.read(TABLE) if row["run"] in names]
+    rows.sort(key=lambda row: names.index(row["run"]))
     for domain in dict.fromkeys(row["domain"] for row in rows):
         of_domain = [row for row in rows if row["domain"] == domain]
-        print(f"\n{domain}: {of_domain[0]['unit']}, ± is a 95% interval over training seeds. minus base: of the bound.")
+        print(f"\n{domain}: {of_domain[0]['unit']}; ± is a 95% interval over training seeds.")
+        print("minus base: the bound minus the base's.")
         print_table(summary(of_domain))
     for row in rows:
         if "coincide" in row:
+            ratio = f"{row['coincide']:.2f} ± {row['coincide, half over grids']:.2f}"
             print(f"{row['run']}, {results.words(row['model'])}, {row['steps']:g} steps: valid grids coincide"
-                  f" {row['coincide']:.2f} ± {row['coincide, half over grids']:.2f} times as often as by chance")
+                  f" {ratio} times as often as by chance")
 
 
 def main():
