@@ -83,7 +83,7 @@ RUNS = {
                   f"{FOUR} -n 0 --rates 1 --unroll 1 16 --lr 2e-3"],
                  ["--steps 16 64"], data="grids4"),
     "text": Run([f"{TEXT} {SMALL} --iters 3000", f"{TEXT} -n 0 --rates 0 .5 1 --unroll 1",
-                 f"-m data.study.variants scratch --data text --out {{out}} --rate .5 --unroll 1 --iters 4000"
+                 "-m data.study.variants scratch --data text --out {out} --rate .5 --unroll 1 --iters 4000"
                  " --dim 64 --depth 3"], ["--steps 16 64"], data="text"),
     "text4000": Run([f"{TEXT} {SMALL} --iters 4000"], ["--steps 16 64"], data="text"),
 }  # fmt: skip
@@ -168,13 +168,13 @@ def coincide(x):
 def summary(rows):
     """Return the table of all runs of one domain: each model's means, and its bound minus the base's."""
     table = []
-    for run, sampler in dict.fromkeys((row["run"], row.get("sampler", "")) for row in rows):
-        of_run = [row for row in rows if (row["run"], row.get("sampler", "")) == (run, sampler)]
+    for name, sampler in dict.fromkeys((row["run"], row.get("sampler", "")) for row in rows):
+        of_run = [row for row in rows if (row["run"], row.get("sampler", "")) == (name, sampler)]
         found = results.groups(of_run)
         lines = results.means([row for row in of_run if row["model"] != "real"])
         for (model, steps), line in zip(found, lines):
-            order = ", confidence order" if sampler == "order=confidence" and run != "confidence" else ""
-            line = {"run": run + order} | line
+            order = ", confidence order" if sampler == "order=confidence" and name != "confidence" else ""
+            line = {"run": name + order} | line
             change = difference(found[model, steps], found["base", steps], "bound")
             change = f"{change.text('+')}, {change.verdict()}" if change and model != "base" else ""
             bound = {"bound": line.pop("bound"), "minus base": change} if "bound" in line else {}
