@@ -4,8 +4,8 @@
     python -m data.study.bench data/models/text --steps 64 -n 256 --seeds 3   the shipped models
 
 Each measurement is added to OUT/results.csv as soon as it is made, and is not made again for the same model
-file. So a bench that was stopped goes on where it stopped. Intervals are over training seeds: train each model
-with several (train.py --seed 1, 2) into the same folder.
+file. So a bench that was stopped goes on where it stopped. Intervals are over training seeds: train each
+model with several (train.py --seed 1, 2) into the same folder.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from data.study import files, results
 from data.study.metrics import half_width, measure
 from data.study.scoring import find_scoring, scoring_nll
 from data.study.variants import as_trained
-from data.terminal import Progress
-from sample import SHIPPED, load_models, models_in, number, pick_device, run
+from data.terminal import Progress, number, run
+from sample import SHIPPED, load_models, models_in, pick_device
 from scmdm import COSINE, sample, sampler_bound, token_probs
 
 GIVEN = {"sudoku": 0.4}  # the share of a held-out sequence that is given when a model completes the rest
@@ -69,7 +69,7 @@ def fill(denoiser, canvas, mask_id, steps, seed, batch_size=64, **options):
 
 
 def with_signal(denoiser, kind):
-    """Return the denoiser with its signal replaced: by none, by that of other positions, or by a uniform one."""
+    """Return the denoiser with its signal replaced: by none, that of other positions, or a uniform one."""
 
     def other(xt, x0_prev):
         if x0_prev is None or kind == "off":
@@ -106,7 +106,8 @@ class Bench:
         generator = torch.Generator(self.device).manual_seed(seed)  # the same masks for every model
         rows = torch.from_numpy(self.sequences(seed)[: len(self.measured)]).to(self.device)
         options = self.options | {"generator": generator}
-        parts = [sampler_bound(denoiser, x, self.mask_id, steps, **options) for x in rows.split(self.batch_size)]
+        batches = rows.split(self.batch_size)
+        parts = [sampler_bound(denoiser, x, self.mask_id, steps, **options) for x in batches]
         return torch.cat(parts).cpu().double().numpy() / self.per
 
     def samples(self, denoiser, steps, temperature, seed):
@@ -138,7 +139,7 @@ class Bench:
 def evaluate(bench, paths, models, out, known, all_steps, temperatures=(1.0,), seeds=1, scoring=""):
     """Measure every model with the bench, and return a row for each model, seed, steps and temperature.
 
-    paths {name: path}, models {name: denoiser}. Seed j measures the model that was trained with seed j, or, if
+    paths {name: path}, models {name: denoiser}. Seed j measures the model that was trained with seed j, or if
     there is none, the one with the lowest seed. known: rows that need not be measured again; scoring: the
     checksum of the scoring model. New rows are added to the results file `out`.
     """
@@ -148,7 +149,8 @@ def evaluate(bench, paths, models, out, known, all_steps, temperatures=(1.0,), s
         by_seed.setdefault(model, {})[int(seed or 0)] = name
         crc[name] = f"crc{zlib.crc32(path.read_bytes()):08x}"
     seeds = range(max(seeds, *(seed + 1 for names in by_seed.values() for seed in names)))
-    sampler = " ".join(f"{key}={'cosine' if value is COSINE else value}" for key, value in bench.options.items())
+    options = {key: "cosine" if value is COSINE else value for key, value in bench.options.items()}
+    sampler = " ".join(f"{key}={value}" for key, value in options.items())
 
     todo = [("real", "", 0, 1.0, seed) for seed in seeds]
     for steps in all_steps:
@@ -196,7 +198,7 @@ def folder_for_results(models, name):
 
 
 def open_models(folder, device):
-    """Return (domain, {name: path}, {name: model}) of a folder of models, each with the adapter it was trained with."""
+    """Return (domain, {name: path}, {name: model}) of a folder, each model with its own adapter."""
     paths = models_in(folder)
     domain, models = load_models(paths, device)
     return domain, paths, {name: as_trained(model) for name, model in models.items()}
@@ -215,7 +217,7 @@ def main():  # fmt: off
     a("--seeds", type=count, default=1, help="at least this many seeds (default: those of the training)")
     a("--batch-size", type=count, default=64, help="sequences at a time; it changes the draws (default: 64)")
     a("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    a("--out", type=Path, help="folder of the results (default: the models'; runs/shipped/NAME for shipped ones)")
+    a("--out", type=Path, help="folder of the results (default: the models', or runs/shipped/NAME)")
     a("--figures", action="store_true", help="draw frontier.png and bound.png in OUT; needs matplotlib")
     args = p.parse_args()
     device = pick_device(args.device)

@@ -1,4 +1,4 @@
-"""The two figures of a results file: quality against predictive entropy, and the bound against sampling steps."""
+"""The figures of a results file: quality against predictive entropy, and the bound against sampling steps."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def finish(axes, path):
 
 
 def frontier(rows, quality, colours, path):
-    """A quality alone says little, because a colder sampler has more of it: draw it against predictive entropy.
+    """Draw quality against predictive entropy, because a colder sampler has more of the first for free.
 
     There is a curve for each model over its temperatures, at the number of steps with most of them. The large
     dot is temperature 1.
@@ -78,7 +78,7 @@ def frontier(rows, quality, colours, path):
 
 
 def bound(rows, colours, path):
-    """Draw the sampler's bound minus the base's against the number of sampling steps, with a dot for each seed."""
+    """Draw the bound minus the base's against the number of sampling steps, with a dot for each seed."""
     axes = blank_axes("sampling steps", f"bound minus the base's,\n{rows[0]['unit']} (lower is better)")
     rows = [row for row in rows if "bound minus base" in row and row["model"] != "base"]
     axes.axhline(0, color=COLOURS["base"], linewidth=1, label="base")

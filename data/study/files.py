@@ -1,4 +1,4 @@
-"""Files of results: CSV, a row for each measurement. Nothing that happens while one is written loses a row."""
+"""Files of results: CSV, a row for each measurement. No accident while one is written loses a row."""
 
 import csv
 import os
@@ -7,6 +7,7 @@ from pathlib import Path
 from data import BadInput
 
 KEY = ("run", "domain", "model", "signal", "file", "seed", "steps", "temperature", "n", "sampler", "orders")
+
 
 def number(text):
     try:

@@ -21,14 +21,14 @@ from data import BadInput, windows
 from data.study import files, results
 from data.study.bench import folder_for_results, open_models
 from data.study.metrics import half_width
-from data.terminal import Progress
-from sample import number, pick_device, run
+from data.terminal import Progress, number, run
+from sample import pick_device
 from scmdm import masked_nll, q_sample, uniform, without_mask
 
 
 @torch.no_grad()
 def cost_of_an_order(denoiser, x0, mask_id, steps, generator=None):
-    """Return -log p(x0 | order) under `sample(..., steps)` for one random order of each x0 [B, L]. [B], nats."""
+    """Return -log p(x0 | order) of `sample(..., steps)` for one random order of each x0 [B, L]. [B], nats."""
     u = uniform(x0.shape, x0.device, generator)  # [B, L]: a position is revealed when t falls to its u
     cost, x0_prev = 0, None
     for step in range(steps):
@@ -41,13 +41,13 @@ def cost_of_an_order(denoiser, x0, mask_id, steps, generator=None):
 
 
 def over_orders(costs, m):
-    """Return -log of the mean of exp(-cost) over m orders, averaged over the M // m groups of costs [M, N]. [N]"""
+    """Return -log of the mean of exp(-cost) over m orders, averaged over groups of the costs [M, N]. [N]"""
     groups = costs[: len(costs) // m * m].reshape(-1, m, costs.shape[1])  # [M // m, m, N]
     return (math.log(m) - torch.logsumexp(-groups, 1)).mean(0)
 
 
 def estimates(denoiser, x0, mask_id, steps, orders, progress):
-    """Return {m: -log p by m orders, [N]} for m = 1, 4, 16, ... up to `orders`, the same orders for every model."""
+    """Return {m: -log p [N] by m orders}, m = 1, 4, 16, ... up to `orders`. Each model gets the same ones."""
     generator, costs = torch.Generator(x0.device).manual_seed(0), []
     for done in range(orders):
         costs.append(cost_of_an_order(denoiser, x0, mask_id, steps, generator).cpu())
@@ -79,8 +79,9 @@ def main():
                            lambda done, i=i: progress.update(i * args.orders + done))  # fmt: skip
         base = base or values
         kind, _, seed = name.partition("-seed")
-        common = {"domain": domain.name, "model": kind, "file": f"crc{zlib.crc32(paths[name].read_bytes()):08x}"}
-        common |= {"seed": float(seed or 0), "steps": float(steps), "n": float(args.n), "unit": "nats per sequence"}
+        crc = f"crc{zlib.crc32(paths[name].read_bytes()):08x}"
+        common = {"domain": domain.name, "model": kind, "file": crc, "seed": float(seed or 0)}
+        common |= {"steps": float(steps), "n": float(args.n), "unit": "nats per sequence"}
         for m, value in values.items():
             minus = value - base[m]
             row = common | {"orders": float(m), "-log p": value.mean(), "minus base": minus.mean()}

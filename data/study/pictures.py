@@ -12,7 +12,7 @@ import numpy as np
 
 import data
 from data import BadInput, molecules
-from sample import run
+from data.terminal import run
 
 
 def draw_images(texts, path):

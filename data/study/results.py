@@ -7,6 +7,7 @@ A file has a row for each model, seed, number of sampling steps and temperature.
 """
 
 import argparse
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ import numpy as np
 from data import BadInput
 from data.study.files import read
 from data.study.metrics import difference, over_seeds
-from data.terminal import print_table
-from sample import label, newest, run
+from data.terminal import print_table, run
+from sample import label
 
 HERE = Path(__file__).parent
 SHOWN = {  # the metrics in the tables, with the quality first; the files hold more
@@ -36,10 +37,15 @@ def words(model):
     return f"from scratch, {label(model[8:])}" if model.startswith("scratch-") else label(model)
 
 
+def place(model):
+    """Return a model's place in tables: the base, the control, then by rate and unroll."""
+    return model.startswith("scratch"), [float(part) for part in re.findall(r"[\d.]+", model)]
+
+
 def groups(rows):
     """Return {(model, steps): its rows}: temperature 1, the model's own signal, no real data."""
     found = {}
-    for row in sorted(rows, key=lambda row: row["steps"]):
+    for row in sorted(rows, key=lambda row: (row["steps"], place(row["model"]))):
         if row["model"] != "real" and "signal" not in row and row.get("temperature", 1) == 1:
             found.setdefault((row["model"], row["steps"]), []).append(row)
     return found
@@ -67,7 +73,8 @@ def means(rows):
     real = [row for row in rows if row["model"] == "real"]
     if real:
         values = {column: over_seeds(real, column) for column in metrics}
-        values |= {column: over_seeds(real, "entropy") for column in {"bound", "predictive entropy"} & set(columns)}
+        exact = [key for key in ("bound", "predictive entropy") if key in columns]  # what the data itself has
+        values |= {key: over_seeds(real, "entropy") for key in exact}
         # nothing was trained, so an interval would mean something else
         texts = {column: value._replace(half=None).text() for column, value in values.items() if value}
         table.append({"model": "real data"} | texts)
@@ -105,7 +112,7 @@ def other_signals(rows):
 
 
 def at_equal(column, rows, quality):
-    """Return the table of each model's quality beside that of base and control at the same predictive entropy.
+    """Return the table of each model's quality minus that of base and control at equal predictive entropy.
 
     A gain that a lower temperature would give the base too is sharpening. What is left at equal predictive
     entropy (or at an equal value of another column, such as the share of distinct 4-grams) is not. The
@@ -149,7 +156,8 @@ def report(rows):
         of_sampler = [row for row in rows if row.get("sampler", "") == sampler]
         if not groups(of_sampler):
             continue
-        print(f"\n{sampler or 'Random order'}. {rows[0]['unit'].capitalize()}; ± is a 95% interval over seeds.")
+        unit = rows[0]["unit"].capitalize()
+        print(f"\n{sampler or 'Random order'}. {unit}; ± is a 95% interval over training seeds.")
         print_table(means(of_sampler))
         if table := differences(of_sampler):
             print("\nPaired differences. A difference within ± is no gain, and one seed has no ±.")
@@ -167,21 +175,22 @@ def report(rows):
 def report_orders(rows):
     """Print the table of -log p by several orders, from the rows that likelihood.py writes."""
     found, table = {}, []
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row["steps"], place(row["model"]), row["orders"])):
         found.setdefault((row["model"], row["steps"], row["orders"]), []).append(row)
     for (model, steps, orders), group in found.items():
         line = {"model": words(model), "steps": f"{steps:g}", "orders": f"{orders:g}"}
         line |= {"seeds": over_seeds(group, "-log p").seeds, "-log p": over_seeds(group, "-log p").text()}
         for other, name in (("base", "minus base"), ("rate0", "minus control")):
             others = found.get((other, steps, orders), [])
-            # every seed has the same sequences and orders, so the one base is the partner of all of them
-            others = [others[0] | {"seed": row["seed"]} for row in group] if other == "base" and others else others
+            if others and other == "base":  # all seeds have the same sequences, so it is everyone's partner
+                others = [others[0] | {"seed": row["seed"]} for row in group]
             change = difference(group, others, "-log p") if model not in ("base", other) else None
             line[name] = f"{change.text('+')}, {change.verdict()}" if change else ""
         if model != "base":
             line["± over sequences"] = f"{np.mean([row['half over sequences'] for row in group]):.3f}"
         table.append(line)
-    print(f"{rows[0]['unit'].capitalize()}; ± is a 95% interval over seeds, but the last is over sequences.")
+    unit = rows[0]["unit"].capitalize()
+    print(f"{unit}; ± is a 95% interval over training seeds, except for ± over sequences.")
     print_table(table)
 
 

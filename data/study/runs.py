@@ -2,10 +2,10 @@
 
     python -m data.study.runs                train and measure whatever is missing, then print the tables
     python -m data.study.runs depth1 small   only these runs
+    python -m data.study.runs --show         only the tables of what has been measured
 
-A run is a folder in runs/study/. It is made by the commands that a user would type, and printed as such, so it
-goes on where it was stopped. Its rows are copied into results/runs.csv. Two halves of the list can be run at
-the same time.
+A run is a folder in runs/study/. It is made by the commands that a user would type, which are printed, so it
+goes on where it was stopped. Its rows are copied into results/runs.csv.
 """
 
 import argparse
@@ -22,8 +22,10 @@ import torch
 from data import sudoku
 from data.study import files, results
 from data.study.bench import fill, open_models
+from data.study.metrics import difference
 from data.study.variants import SIGNALS
-from sample import SHIPPED, run
+from data.terminal import print_table, run
+from sample import SHIPPED
 
 FOLDER, TABLE = Path("runs/study"), results.HERE / "results" / "runs.csv"
 BASE = SHIPPED / "sudoku" / "base.npz"  # 3 blocks, 4,000 iterations
@@ -39,17 +41,18 @@ class Run:
     data: str = "sudoku"
 
 
-SHORT = f"train.py --data sudoku --no-table --init {BASE} --out {{out}} --seed {{seed}} --resume --iters"
+SHORT = f"train.py --data sudoku -n 0 --init {BASE} --out {{out}} --seed {{seed}} --resume --iters"
 ONCE = SHORT.replace("{seed}", "0")
-OWN = "train.py --data sudoku --no-table --out {out} --iters 2000 --unroll 16 --resume"  # from the folder's base
+OWN = "train.py --data sudoku -n 0 --out {out} --iters 2000 --unroll 16 --resume"  # from the folder's base
 PRETRAIN = "train.py --data sudoku --stage pretrain --out {out} --resume"
 GRIDS4 = f"{FOLDER}/grids4.npy"
+FOUR = f"train.py --data {GRIDS4} --iters 2000 --out {{out}} --resume"
 TEXT = "train.py --data text --out {out} --resume --compile"
 SMALL = "--stage pretrain --dim 64 --depth 3"
 CONFIDENCE = "--steps 36 --order confidence"
 
 RUNS = {
-    "calls": Run(bench=["--steps 6 12 18 36 72 144 288"]),
+    "steps": Run(bench=["--steps 6 12 18 36 72 144 288"]),
     "confidence": Run(bench=["--steps 12 18 36 72 144 --order confidence"]),
     "cosine": Run(bench=["--steps 36 144 --schedule cosine"]),
     "chains": Run([f"{SHORT} 2000 --unroll 1 2 4 8 16 32"]),
@@ -67,20 +70,20 @@ RUNS = {
     "depth6": Run([f"{PRETRAIN} --depth 6", OWN], ["--steps 36 144", CONFIDENCE]),
     "base500": Run([f"{PRETRAIN} --iters 500", OWN]),
     "base12000": Run([f"{PRETRAIN} --iters 12000", OWN]),
-    "steps500": Run([f"{SHORT} 500 --unroll 16"]),
-    "steps14000": Run([f"{SHORT} 14000 --rates 1 --unroll 16", f"{ONCE} 14000 --rates 1 --unroll 8"],
+    "iters500": Run([f"{SHORT} 500 --unroll 16"]),
+    "iters14000": Run([f"{SHORT} 14000 --rates 1 --unroll 16", f"{ONCE} 14000 --rates 1 --unroll 8"],
                       ["--steps 36 72 144"], seeds=3),
     "unroll8": Run([f"{SHORT} 7000 --rates 1 --unroll 8"], seeds=3),
     "seeds": Run([f"{SHORT} 2000 --rates 1 --unroll 16"], seeds=3),  # to compare the variants with
-    **{name: Run([f"-m data.study.variants {name} --out {{out}}"]) for name in (*SIGNALS, "hardened", "everywhere")},
+    **{name: Run([f"-m data.study.variants {name} --out {{out}}"])
+       for name in (*SIGNALS, "hardened", "everywhere")},
     "softened": Run(["-m data.study.variants softened --out {out} --seed {seed}",
                      "-m data.study.variants softened --out {out} --unroll 1"], seeds=3),
-    "small": Run([f"train.py --data {GRIDS4} --stage pretrain --dim 32 --depth 1 --heads 4 --iters 2000 --out {{out}}",
-                  f"train.py --data {GRIDS4} --no-table --iters 2000 --unroll 1 16 --lr 2e-3 --rates 1 --out {{out}}",
-                  f"train.py --data {GRIDS4} --no-table --iters 2000 --rates 0 --out {{out}}"],
+    "small": Run([f"{FOUR} --stage pretrain --dim 32 --depth 1", f"{FOUR} -n 0 --rates 0",
+                  f"{FOUR} -n 0 --rates 1 --unroll 1 16 --lr 2e-3"],
                  ["--steps 16 64"], data="grids4"),
-    "text": Run([f"{TEXT} {SMALL} --iters 3000", f"{TEXT} --no-table --rates 0 .5 1 --unroll 1",
-                 f"-m data.study.variants scratch --data text --out {{out}} --rate .5 --unroll 1 --iters 4000"
+    "text": Run([f"{TEXT} {SMALL} --iters 3000", f"{TEXT} -n 0 --rates 0 .5 1 --unroll 1",
+                 "-m data.study.variants scratch --data text --out {out} --rate .5 --unroll 1 --iters 4000"
                  " --dim 64 --depth 3"], ["--steps 16 64"], data="text"),
     "text4000": Run([f"{TEXT} {SMALL} --iters 4000"], ["--steps 16 64"], data="text"),
 }  # fmt: skip
@@ -111,7 +114,9 @@ def make(name):
             continue
         if name == "small":
             row |= count(draw(out, row, 20_000))
-        elif "rate1" in row["model"] and (name, row["steps"]) in (("calls", 144), ("confidence", 36)):
+        elif row["steps"] == 36 and row.get("sampler") == "order=confidence":
+            row |= coincide(draw(out, row, 2000))
+        elif name == "steps" and row["steps"] == 144 and "rate1" in row["model"]:
             row |= coincide(draw(out, row, 2000))
     files.add(TABLE, rows)
 
@@ -137,8 +142,8 @@ def grids4():
 def count(x):
     """Return what samples x [N, 16] of 4 x 4 Sudoku say about the sampler's distribution over the 288 grids.
 
-    valid: the mass on them. -log p: its mean over them, in nats, which the bound exceeds. entropy of the grids:
-    of the distribution among them, ln 288 = 5.663 if all are equally likely.
+    valid: the mass on them. -log p: its mean over them, in nats, which the bound exceeds. entropy of the
+    grids: of the distribution among them, ln 288 = 5.663 if all are equally likely.
     """
     grids, code = grids4(), 4 ** np.arange(16)  # a grid as one number
     counts = (np.sort(grids @ code)[:, None] == x @ code).sum(1)  # [288]
@@ -160,19 +165,37 @@ def coincide(x):
     return {"coincide": found / expected, "coincide, half over grids": 1.96 * found**0.5 / expected}
 
 
+def summary(rows):
+    """Return the table of all runs of one domain: each model's means, and its bound minus the base's."""
+    table = []
+    for name, sampler in dict.fromkeys((row["run"], row.get("sampler", "")) for row in rows):
+        of_run = [row for row in rows if (row["run"], row.get("sampler", "")) == (name, sampler)]
+        found = results.groups(of_run)
+        lines = results.means([row for row in of_run if row["model"] != "real"])
+        for (model, steps), line in zip(found, lines):
+            order = ", confidence order" if sampler == "order=confidence" and name != "confidence" else ""
+            line = {"run": name + order} | line
+            change = difference(found[model, steps], found["base", steps], "bound")
+            change = f"{change.text('+')}, {change.verdict()}" if change and model != "base" else ""
+            bound = {"bound": line.pop("bound"), "minus base": change} if "bound" in line else {}
+            table.append({key: line.pop(key) for key in ("run", "model", "steps", "seeds")} | bound | line)
+    return table
+
+
 def show(names):
-    """Print the tables of the runs."""
-    rows = files.read(TABLE)
-    for name in names:
-        of_run = [row for row in rows if row["run"] == name]
-        if not of_run:
-            continue
-        print(f"\n## {name}")
-        results.report(of_run)
-        for row in of_run:
-            if "coincide" in row:
-                print(f"{results.words(row['model'])}, {row['steps']:g} steps: valid grids coincide"
-                      f" {row['coincide']:.2f} ± {row['coincide, half over grids']:.2f} times as often as by chance")
+    """Print what the runs measured: a table for each domain, and how often valid grids coincide."""
+    rows = [row for row in files.read(TABLE) if row["run"] in names]
+    rows.sort(key=lambda row: names.index(row["run"]))
+    for domain in dict.fromkeys(row["domain"] for row in rows):
+        of_domain = [row for row in rows if row["domain"] == domain]
+        print(f"\n{domain}: {of_domain[0]['unit']}; ± is a 95% interval over training seeds.")
+        print("minus base: the bound minus the base's.")
+        print_table(summary(of_domain))
+    for row in rows:
+        if "coincide" in row:
+            ratio = f"{row['coincide']:.2f} ± {row['coincide, half over grids']:.2f}"
+            print(f"{row['run']}, {results.words(row['model'])}, {row['steps']:g} steps: valid grids coincide"
+                  f" {ratio} times as often as by chance")
 
 
 def main():

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 import data
 from data import BadInput, windows
 from data.study.training import new_model, train_to
-from sample import SHIPPED, number, pick_device, read_model, run
+from data.terminal import number, run
+from sample import SHIPPED, pick_device, read_model
 from train import DEFAULTS
 
 ITERS = 4000  # a causal model learns from every position at once, so it needs fewer iterations than a base
@@ -26,8 +27,8 @@ LR = 2e-3
 def causal_nll(model, x):
     """Return -log p(x) of sequences x [B, L] under a causal model. [B], nats per sequence.
 
-    Position i is predicted from the tokens before it. The first is predicted from the mask, which starts every
-    sequence.
+    Position i is predicted from the tokens before it. The first one is predicted from the mask, which starts
+    every sequence.
     """
     start = torch.full_like(x[:, :1], model.mask_id)
     logits = model(torch.cat((start, x[:, :-1]), dim=1)).float()  # [B, L, V]
@@ -42,7 +43,7 @@ def scoring_nll(model, x):
 
 
 def find_scoring(folder, domain, device):
-    """Return (the scoring model, the checksum of its file), or (None, "") if there is none for these models."""
+    """Return (scoring model, checksum of its file), or (None, "") if there is none for these models."""
     places = [folder / name for folder in (Path(folder), SHIPPED / domain.name)
               for name in ("scoring.npz", "judge.npz")]  # fmt: skip  # the second is its old name
     path = next((path for path in places if path.exists()), None)
@@ -59,7 +60,7 @@ def main():  # fmt: off
     a, count = p.add_argument, number(int, 1)
     a("--data", default="text", help=f"{', '.join(data.NAMES)}, or a file: text, or .npy with integers")
     a("--lines", action="store_true", help="your file holds one sequence per line instead of one long text")
-    a("--length", type=count, help="your file: tokens in a window, or in the longest line kept (default: 128)")
+    a("--length", type=count, help="your file: tokens in a window, or in the longest line (default: 128)")
     a("--vocab", help="your .npy: a file with one token per line")
     a("--out", help="folder of scoring.npz (default: runs/NAME)")
     a("--iters", type=count, default=ITERS, help=f"optimiser updates (default: {ITERS})")

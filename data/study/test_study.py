@@ -13,14 +13,12 @@ import functools
 import itertools
 import json
 import math
-import os
 import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
 import zlib
 from pathlib import Path
 
@@ -31,7 +29,8 @@ import torch
 import data
 import sample as sample_py
 import train as train_py
-from data.study import bench, files, likelihood, metrics, pictures, results, runs, scoring, training, variants
+from data import terminal
+from data.study import bench, files, likelihood, metrics, pictures, results, runs, scoring, variants
 from scmdm import Config, SelfConditioning, Transformer, add_self_conditioning, diffusion_loss, earlier_times
 from scmdm import make_signal, sample, save
 
@@ -60,7 +59,7 @@ class Spy:
     """A denoiser that remembers what it was given, one entry for each step."""
 
     def __init__(self, denoiser):
-        self.denoiser, self.config, self.xt, self.x0_prev = denoiser, getattr(denoiser, "config", None), [], []
+        self.denoiser, self.xt, self.x0_prev = denoiser, [], []
 
     def __call__(self, xt, x0_prev):
         self.xt.append(xt.clone())
@@ -75,7 +74,8 @@ def models_of_own_data(folder, name="novel", text="a quick brown fox jumps over 
     path.write_text(text * 400)
     domain = data.get(str(path), length=24)
     V = len(domain.vocab)
-    info = {"data": name} | {key: getattr(domain, key) for key in ("vocab", "length", "end", "join", "source")}
+    keys = ("vocab", "length", "end", "join", "source")
+    info = {"data": name} | {key: getattr(domain, key) for key in keys}
     save(folder / "base.npz", tiny(V, 24), **info, made_from={})
     crc = zlib.crc32((folder / "base.npz").read_bytes())
     for i, model in enumerate(("rate0", "rate0-seed1", "rate1", "rate1-seed1", "rate1-unroll8")):
@@ -97,7 +97,7 @@ def call(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, words)])
         code = 0
         try:
-            sample_py.run(script.main)
+            terminal.run(script.main)
         except SystemExit as stop:
             code = stop.code
         out, err = capsys.readouterr()
@@ -111,8 +111,8 @@ def call(monkeypatch, capsys):
 
 
 def row(model, seed, file, **values):
-    common = {"domain": "sudoku", "model": model, "seed": float(seed), "steps": 36.0, "temperature": 1.0, "n": 8.0}
-    return common | {"file": file, "unit": "nats per sequence"} | values
+    common = {"domain": "sudoku", "model": model, "file": file, "seed": float(seed), "steps": 36.0}
+    return common | {"temperature": 1.0, "n": 8.0, "unit": "nats per sequence"} | values
 
 
 BASE = [row("base", 0, "b", valid=0.1, bound=20.0), row("base", 1, "b", valid=0.3, bound=22.0)]
@@ -121,16 +121,18 @@ OURS = [row("rate1", 0, "r0", valid=0.5, bound=18.0), row("rate1", 1, "r1", vali
 
 
 def test_the_interval_is_students():
-    """Half the width of an interval is t * sd / sqrt(n), with t = 4.303 for three values, worked out by hand."""
+    """Half the width of an interval is t * sd / sqrt(n), with t = 4.303 for three values, done by hand."""
     # 1, 2, 3: the mean is 2, the standard deviation 1, so half the width is 4.303 / 1.732 = 2.484
     assert metrics.half_width([1.0, 2.0, 3.0]) == pytest.approx(2.4843, abs=1e-3)
     assert metrics.half_width([2.0, 4.0]) == pytest.approx(12.706, abs=1e-3)
-    assert len(metrics.T95) == 29 and metrics.half_width(np.r_[:31] * 1.0) == pytest.approx(1.96 * 9.0921 / 31**0.5, 1e-4)
+    assert len(metrics.T95) == 29, "for 2 to 30 values"
+    assert metrics.half_width(np.arange(31.0)) == pytest.approx(1.96 * 9.0921 / math.sqrt(31), rel=1e-4)
 
 
 def test_the_interval_is_over_training_seeds():
     """A model's rows are first averaged within each training seed. More sampling seeds do not narrow ±."""
-    rows = [row("rate1", 0, "r0", valid=0.4), row("rate1", 1, "r0", valid=0.6), row("rate1", 2, "r1", valid=0.8)]
+    rows = [row("rate1", 0, "r0", valid=0.4), row("rate1", 1, "r0", valid=0.6)]
+    rows.append(row("rate1", 2, "r1", valid=0.8))
     found = metrics.over_seeds(rows, "valid")
     assert found.mean == pytest.approx(0.65) and found.seeds == 2, "means of 0.5 and 0.8"
     assert found.half == pytest.approx(12.706 * 0.3 / math.sqrt(2) / math.sqrt(2), abs=1e-3)
@@ -152,9 +154,9 @@ def test_a_difference_is_paired_by_seed():
 
 def test_what_is_within_the_interval_is_no_gain():
     """A difference within ± is never called higher or lower, and neither is one of a single seed."""
-    assert metrics.Estimate(-0.5, 0.6, 3).verdict() == metrics.Estimate(0.6, 0.6, 3).verdict() == "within ±"
+    for mean, verdict in ((-0.7, "lower"), (-0.5, "within ±"), (0.6, "within ±"), (0.7, "higher")):
+        assert metrics.Estimate(mean, 0.6, 3).verdict() == verdict
     assert metrics.Estimate(-5.0, None, 1).verdict() == "one seed"
-    assert metrics.Estimate(-0.7, 0.6, 3).verdict() == "lower" and metrics.Estimate(1, 0.6, 3).verdict() == "higher"
     assert metrics.Estimate(18.304, 0.4529, 3).text() == "18.30 ± 0.45"
     assert metrics.Estimate(0.674, None, 1).text("+") == "+0.674"
 
@@ -165,8 +167,9 @@ def test_the_tables_say_how_many_seeds(capsys):
     lines = [re.split(r" +\| *", line.strip()) for line in capsys.readouterr().out.splitlines()]
     assert ["base", "36", "1", "21.00", "0.200"] in lines
     assert ["the paper's recipe", "36", "2", "19.50 ± 19.06", "0.700 ± 2.541"] in lines
-    assert ["the paper's recipe", "base", "36", "2", "-1.500 ± 6.353, within ±", "+0.500 ± 1.271, within ±"] in lines
-    assert ["the paper's recipe", "control", "36", "2", "-1.000 ± 0.000, lower", "+0.450 ± 1.906, within ±"] in lines
+    ours, seeds = "the paper's recipe", ["36", "2"]
+    assert [ours, "base", *seeds, "-1.500 ± 6.353, within ±", "+0.500 ± 1.271, within ±"] in lines
+    assert [ours, "control", *seeds, "-1.000 ± 0.000, lower", "+0.450 ± 1.906, within ±"] in lines
     results.report(BASE + OURS[:1])
     assert "-2.000, one seed" in capsys.readouterr().out
 
@@ -183,24 +186,27 @@ def test_sharpening_is_taken_out():
     rows += [at("base", 1, 1.0, 20, 0.4), at("base", 1, 0.8, 10, 0.8)]
     rows += [at("rate1", 0, 1.0, 15, 0.5), at("rate1", 1, 1.0, 15, 0.7), at("rate1", 0, 0.8, 9, 0.9)]
     # base at 15: 0.4 and 0.6, so the differences are 0.1 and 0.1
-    line = {"model": "the paper's recipe", "steps": "36", "temperature": "1", "predictive entropy": "15.00 ± 0.00"}
-    line |= {"valid": "0.600 ± 1.271", "minus base there": "+0.100 ± 0.000, higher"}
-    assert results.at_equal("predictive entropy", rows, "valid") == [line]
-    assert results.at_equal("predictive entropy", rows[1:2] + rows[5:], "valid") == [], "one temperature is no curve"
+    line = {"model": "the paper's recipe", "steps": "36", "temperature": "1"}
+    line |= {"predictive entropy": "15.00 ± 0.00", "valid": "0.600 ± 1.271"}
+    line |= {"minus base there": "+0.100 ± 0.000, higher"}
+    at_equal = functools.partial(results.at_equal, "predictive entropy", quality="valid")
+    assert at_equal(rows) == [line]
+    assert at_equal(rows[1:2] + rows[5:]) == [], "one temperature is no curve"
     rows += [at("rate0", 0, 1.0, 40, 0.1), at("rate0", 0, 0.8, 5, 0.8)]
-    assert "minus control there" in results.at_equal("predictive entropy", rows, "valid")[-1]
+    assert "minus control there" in at_equal(rows)[-1]
 
 
 # --- 2. Files ----------------------------------------------------------------------------------------------
 
 
 def test_rows_come_back_and_replace_each_other(tmp_path):
-    """A row with the same key replaces the old one. Other models, domains and checksums are other rows, and a new
-    column leaves old rows as they are."""
+    """A row with the same key replaces the old one. Other models, domains and checksums are other rows, and a
+    new column leaves old rows as they are."""
     path = tmp_path / "results.csv"
     files.add(path, BASE[:1])
     files.add(path, [BASE[0] | {"valid": 0.7}])
-    others = [BASE[0] | change for change in ({"file": "b2"}, {"domain": "text"}, {"signal": "off"}, {"seed": 5.0})]
+    changes = ({"file": "b2"}, {"domain": "text"}, {"signal": "off"}, {"seed": 5.0})
+    others = [BASE[0] | change for change in changes]
     files.add(path, [others[0] | {"new, with a comma": "x"}, *others[1:]])
     rows = files.read(path)
     assert rows[0] == BASE[0] | {"valid": 0.7} and rows[2:] == others[1:] and len(rows) == 5
@@ -209,7 +215,7 @@ def test_rows_come_back_and_replace_each_other(tmp_path):
 
 
 def test_a_line_that_was_cut_is_not_glued_to_the_next(tmp_path):
-    """A last line without an end is left out when a file is read, so that the next row gets a line of its own."""
+    """A last line without an end is left out when a file is read, so the next row gets a line of its own."""
     path = tmp_path / "results.csv"
     files.add(path, BASE)
     path.write_bytes(path.read_bytes()[:-3])
@@ -228,15 +234,15 @@ for i in itertools.count():
 
 
 def add_rows(path, **options):
-    words = [sys.executable, "-c", ADD_ROWS, str(path)]
-    return subprocess.Popen(words, cwd=TOP, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    words, pipe = [sys.executable, "-c", ADD_ROWS, str(path)], subprocess.PIPE
+    return subprocess.Popen(words, cwd=TOP, stdout=pipe, stderr=pipe, text=True, **options)
 
 
 def test_a_full_disk_loses_no_rows(tmp_path):
     """When the file cannot be written, every row that was in it is still there, and the message names it."""
 
-    def small_disk():  # files can have 5,000 bytes; a signal would kill the process, an error is what a disk gives
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    def small_disk():  # files can have 5,000 bytes
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error, as from a full disk, instead of a signal
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
 
     path = tmp_path / "results.csv"
@@ -289,7 +295,7 @@ def test_seeds_go_through_all_held_out_sequences():
 
 
 def test_all_models_get_the_same_sequences_and_masks():
-    """Each model is given the same held-out sequences, masked in the same way, whatever was measured before."""
+    """Each model is given the same held-out sequences and masks, whatever was measured before it."""
     test = a_bench(np.random.default_rng(0).integers(0, 5, (40, 6)), n=9, batch_size=4)
     spies = [Spy(tiny(seed=0)), Spy(tiny(seed=1)), Spy(tiny(seed=2, adapted=True))]
     for spy in spies:
@@ -306,17 +312,17 @@ def test_a_bound_is_the_samplers():
     """The bench's bound of a model that knows nothing is L log V in nats, and log V per token of a stream."""
     flat = lambda xt, x0_prev: torch.zeros(*xt.shape, 5)  # noqa: E731
     rows = np.random.default_rng(0).integers(0, 5, (40, 6))
-    # each token is charged, in expectation, exactly once; the mean over many masks is close to that
-    many = np.mean([a_bench(rows, n=20).bound(flat, 6, seed).mean() for seed in range(60)])
-    assert many == pytest.approx(6 * math.log(5), rel=0.02)
-    stream = a_bench(rows.flatten(), n=20)
-    assert stream.unit == "nats per token" and a_bench(rows).unit == "nats per sequence"
-    assert np.allclose(stream.bound(flat, 6, 0) * 6, 6 * stream.bound(flat, 6, 0))
+    for tokens, unit, tokens_in_it in ((rows, "sequence", 6), (rows.flatten(), "token", 1)):
+        test = a_bench(tokens, n=20)
+        # in expectation each token is charged exactly once; the mean over many masks is close to that
+        found = np.mean([test.bound(flat, 6, seed).mean() for seed in range(60)])
+        assert found == pytest.approx(tokens_in_it * math.log(5), rel=0.02)
+        assert test.unit == f"nats per {unit}"
 
 
 def test_predictive_entropy_is_averaged_over_tokens():
-    """It is the mean over tokens, not over steps, of the entropy of what each was drawn from, at the temperature
-    that it was drawn at."""
+    """It is the mean over tokens, not over steps, of the entropy of what each was drawn from, at the
+    temperature that it was drawn at."""
     revealed = []
 
     def denoiser(xt, x0_prev):  # certain while more than half is masked, uniform over 4 tokens after that
@@ -332,17 +338,18 @@ def test_predictive_entropy_is_averaged_over_tokens():
     assert entropy == pytest.approx((30 - sum(certain)) / 30 * math.log(4))
     logits = torch.tensor([0.0, 1.0, 2.0])
     for temperature in (1.0, 0.5):
-        canvas = torch.full((5, 4), 3)
-        _, entropy, _ = bench.fill(lambda xt, _: logits.expand(*xt.shape, 3), canvas, 3, 6, 0, 2, temperature=temperature)
+        always = lambda xt, x0_prev: logits.expand(*xt.shape, 3)  # noqa: E731
+        _, entropy, _ = bench.fill(always, torch.full((5, 4), 3), 3, 6, 0, 2, temperature=temperature)
         p = (logits / temperature).softmax(-1)
         assert entropy == pytest.approx(-(p * p.log()).sum().item(), rel=1e-5)
 
 
 def test_fill_is_the_sampler():
     """The samples that are measured are those that `sample` draws, batch after batch from one generator."""
-    model, generator = tiny(adapted=True), rng(3)
-    x, _, _ = bench.fill(model, torch.full((5, 6), 5), 5, 4, seed=3, batch_size=2)
-    assert torch.equal(x, torch.cat([sample(model, torch.full((b, 6), 5), 5, 4, generator=generator) for b in (2, 2, 1)]))
+    model, generator, canvas = tiny(adapted=True), rng(3), torch.full((5, 6), 5)
+    x, _, _ = bench.fill(model, canvas, 5, 4, seed=3, batch_size=2)
+    batches = [sample(model, part, 5, 4, generator=generator) for part in canvas.split(2)]
+    assert torch.equal(x, torch.cat(batches))
 
 
 def test_other_signals():
@@ -358,8 +365,8 @@ def test_other_signals():
 
 
 def test_metrics_of_samples():
-    """Unigram entropy is each sequence's own; distinct-4 is the share of 4-grams that are different; generative
-    perplexity is exp of the scoring model's nats per token."""
+    """Unigram entropy is each sequence's own. distinct-4 is the share of 4-grams that are different.
+    Generative perplexity is exp of the scoring model's nats per token."""
     x = np.array([[0, 0, 0, 0, 0, 0], [0, 1, 0, 1, 0, 1]])
     assert metrics.unigram_entropy(x) == pytest.approx(math.log(2) / 2)
     assert metrics.distinct(x) == pytest.approx(3 / 6)  # 0000, 0101, 1010
@@ -375,14 +382,14 @@ def test_the_bench_measures_a_folder(call, tmp_path):
     add_scoring_model(tmp_path, domain)
     use = functools.partial(call, bench, tmp_path, "--steps", 3, "-n", 4, "--device", "cpu")
     out = use("--temperature", 0.8, 1)
-    for line in ("base +| 3 +| 1 ", "control +| 3 +| 2 ", "the paper's recipe +| 3 +| 2 ", "unroll=8 +| 3 +| 1 "):
-        assert re.search("^" + line.replace("|", r"\|"), out, re.M), line
+    for model, seeds in (("base", 1), ("control", 2), ("the paper's recipe", 2), ("unroll=8", 1)):
+        assert re.search(rf"^{model} +\| 3 +\| {seeds} ", out, re.M), model
     rows = files.read(tmp_path / "results.csv")
     assert len(rows) == 2 + 4 * 2 * 2 + 2 * 3
     plain = [r for r in rows if r["model"] != "real" and "signal" not in r]
     assert all(r["generative perplexity"] > 1 and r["predictive entropy"] > 0 for r in plain)
     assert all(("bound" in r) == (r["temperature"] == 1) for r in plain)
-    assert len({(r["model"], r["file"]) for r in plain}) == 6, "the second seed of the unrolled model is measured on its first"
+    assert len({(r["model"], r["file"]) for r in plain}) == 6, "a missing seed is measured on the first"
     before = (tmp_path / "results.csv").read_bytes()
     assert use("--temperature", 0.8, 1) == out and (tmp_path / "results.csv").read_bytes() == before
     use("--order", "confidence")
@@ -397,8 +404,8 @@ def test_two_domains_in_one_folder_of_results(call, tmp_path):
     alone, tables = tmp_path / "alone", []
     for name, text in (("one", "to be or not to be\n"), ("two", "a rose is a rose is a rose\n")):
         models_of_own_data(tmp_path / name, name, text)
-        use = functools.partial(call, bench, tmp_path / name, "--steps", 2, "-n", 3, "--device", "cpu", "--out")
-        tables.append((use(tmp_path / "both"), use(alone / name)))
+        use = functools.partial(call, bench, tmp_path / name, "--steps", 2, "-n", 3, "--device", "cpu")
+        tables.append((use("--out", tmp_path / "both"), use("--out", alone / name)))
     assert all(both == of_one for both, of_one in tables)
     rows = files.read(tmp_path / "both" / "results.csv")
     assert len(rows) == sum(len(files.read(alone / name / "results.csv")) for name in ("one", "two"))
@@ -422,13 +429,15 @@ def test_a_scoring_model_that_is_trained_later_is_used(call, tmp_path):
 
 
 def test_shipped_models_and_results_stay_as_they_are(call, tmp_path, monkeypatch):
-    """Results of the shipped models go to runs/shipped/; what is shipped is neither changed nor measured again."""
+    """Results of the shipped models go to runs/shipped/. What is shipped is not changed or measured again."""
     monkeypatch.chdir(tmp_path)
     shipped = HERE / "results" / "sudoku" / "results.csv"
     before = shipped.read_bytes()
     out = call(bench, sample_py.SHIPPED / "sudoku", "--steps", 36, 144, "-n", 256)
     assert "unroll=16          | base    | 144   | 3     | -1.003 ± 0.453, lower" in out
     assert not Path("runs/shipped/sudoku/results.csv").exists(), "all of it is in the shipped results"
+    call(bench, sample_py.SHIPPED / "dna", "--steps", 1, "-n", 2)
+    assert files.read("runs/shipped/dna/results.csv") and not list(sample_py.SHIPPED.glob("*/*.csv"))
     assert shipped.read_bytes() == before
 
 
@@ -436,12 +445,12 @@ def test_shipped_models_and_results_stay_as_they_are(call, tmp_path, monkeypatch
 
 
 def test_the_likelihood_of_all_orders_is_exact():
-    """The cost of an order is exact: over all orders the estimate is -log p(x), as counted on the sampler's own
-    tree, and fewer orders give more."""
+    """The cost of an order is exact. Over all orders the estimate is -log p(x), as counted on the sampler's
+    own tree, and fewer orders give more."""
     L, V, steps = 3, 3, 4
     model = tiny(V, L, 3, adapted=True)
     X = torch.tensor(list(itertools.product(range(V), repeat=L)))  # all 27 sequences
-    # the step at which each position is revealed is uniform over the steps, independently: 64 equally likely orders
+    # each position is revealed at a step that is uniform, independently: 64 equally likely orders
     when = torch.tensor(list(itertools.product(range(steps), repeat=L)))
     u = 1 - (when + 0.5) / steps  # revealed between the times 1 - when/steps and 1 - (when+1)/steps
     X_u, u_X = X.repeat_interleave(len(u), 0), u.double().repeat(len(X), 1)
@@ -463,8 +472,8 @@ def test_the_likelihood_of_all_orders_is_exact():
 
 
 def test_likelihood_of_a_folder(call, tmp_path):
-    """The command gives every model the same orders, adds its rows to likelihood.csv, and prints intervals over
-    training seeds."""
+    """The command gives every model the same orders, adds its rows to likelihood.csv, and prints intervals
+    over training seeds."""
     models_of_own_data(tmp_path)
     out = call(likelihood, tmp_path, "--steps", 2, "-n", 4, "--orders", 4, "--device", "cpu")
     rows = files.read(tmp_path / "likelihood.csv")
@@ -492,8 +501,8 @@ def signal_and_gradient(make, **options):
 
 
 def test_variants_change_what_they_say():
-    """Walking the states of scmdm.py gives its signal. A gradient changes gradients only, other spacings other
-    states, and a growing number of passes begins with one."""
+    """Walking the states of scmdm.py gives its signal. A gradient through it changes gradients only. Other
+    spacings visit other states. A growing number of passes begins with one."""
     signal, gradient, _ = signal_and_gradient(make_signal)
     learnt = signal_and_gradient(variants.learning)
     assert torch.equal(learnt[0], signal) and not torch.allclose(learnt[1], gradient)
@@ -502,17 +511,21 @@ def test_variants_change_what_they_say():
     for same in (finished, walk_as_drawn):
         found = signal_and_gradient(same)
         assert torch.equal(found[0], signal) and torch.equal(found[1], gradient)
-    assert torch.equal(signal_and_gradient(variants.Growing(100))[0], signal_and_gradient(make_signal, unroll=1)[0])
-    t = torch.full((8,), 0.5).double()
-    _, _, states = signal_and_gradient(variants.signal_of("spaced4", 1), t=t, generator=lambda shape: (
-        torch.full(shape, 0.99) if shape == (1,) else torch.arange(shape[-1]).expand(shape) / 12 + 0.01))  # fmt: skip
-    # four passes at t + 4/4, 3/4, 2/4, 1/4, where a time above 1 masks everything, and the scored state at t
+    one_pass = signal_and_gradient(make_signal, unroll=1)[0]
+    assert torch.equal(signal_and_gradient(variants.Growing(100))[0], one_pass)
+
+    def uniforms(shape):  # four passes; position i is masked above t = i/12
+        return torch.full(shape, 0.99) if shape == (1,) else torch.arange(shape[-1]).expand(shape) / 12 + 0.01
+
+    options = {"t": torch.full((8,), 0.5).double(), "generator": uniforms}
+    _, _, states = signal_and_gradient(variants.signal_of("spaced4", 1), **options)
+    # at t + 4/4, 3/4, 2/4 and 1/4, where a time above 1 masks everything, and the scored state at t
     assert [(x == 5).sum(1)[0].item() for x in states] == [12, 12, 12, 9, 6]
 
 
 def test_adapters():
-    """softened sees the signal at temperature 2, hardened its most likely token, everywhere adds it to visible
-    positions too; for all of them no signal adds exactly nothing."""
+    """softened sees the signal at temperature 2, hardened its most likely token. everywhere adds it to
+    visible positions too. For all of them no signal adds exactly nothing."""
     embedding, xt = torch.nn.Embedding(6, 16), torch.tensor([[5, 5, 1]])
     plain = SelfConditioning(embedding, 5)
     plain.W.data = torch.eye(16)
@@ -528,23 +541,25 @@ def test_adapters():
 
 
 def test_a_variant_is_trained_and_measured_as_what_it_is(call, tmp_path):
-    """A trained variant gets its own adapter back when it is loaded; a finished one is not trained again, and a
-    folder for other settings is refused."""
-    use = functools.partial(call, variants, "hardened", "--out", tmp_path, "--unroll", 2, "--device", "cpu", "--iters")
+    """A trained variant gets its own adapter back when it is loaded. A finished one is not trained again, and
+    other settings are refused."""
+    options = ["--out", tmp_path, "--device", "cpu", "--unroll", 2, "--iters"]
+    use = functools.partial(call, variants, "hardened", *options)
     use(2)
     before = (tmp_path / "rate1-unroll2.npz").read_bytes()
     use(2)
     assert (tmp_path / "rate1-unroll2.npz").read_bytes() == before and "iters" in use(3, status=2)
     _, _, models = bench.open_models(tmp_path, "cpu")
-    assert type(models["rate1-unroll2"].self_conditioning) is variants.Hardened
-    assert models["rate1-unroll2"].self_conditioning.W.any() and not (tmp_path / "rate1-unroll2.state").exists()
+    adapter = models["rate1-unroll2"].self_conditioning
+    assert type(adapter) is variants.Hardened and adapter.W.any()
+    assert not (tmp_path / "rate1-unroll2.state").exists()
     scratch = ("--unroll", 1, "--rate", 0.5, "--iters", 1, "--dim", 16, "--depth", 1, "--device", "cpu")
     call(variants, "scratch", "--out", tmp_path, *scratch)
     assert "from scratch, rate 0.5" in call(bench, tmp_path, "--steps", 1, "-n", 2, "--device", "cpu")
 
 
 def test_a_scoring_model_scores_by_the_chain_rule():
-    """The probabilities of all sequences sum to one, and a token's cost does not depend on what follows it."""
+    """The probabilities of all sequences sum to one, and a token's cost does not depend on later tokens."""
     model = tiny(3, 4, causal=True)
     X = np.array(list(itertools.product(range(3), repeat=4)))
     nll = scoring.scoring_nll(model, X)
@@ -574,13 +589,14 @@ def test_every_run_is_a_command_that_exists(call, monkeypatch):
                 monkeypatch.setattr(sys, "argv", [script, *words])
                 train_py.parse()
             else:
-                assert (script, words[0]) == ("-m", "data.study.variants") and words[1] in variants.VARIANTS, name
+                assert [script, words[0]] == ["-m", "data.study.variants"], name
+                assert words[1] in variants.VARIANTS, name
     assert "unknown runs: nothing" in call(runs, "nothing", status=2)
 
 
 def test_grids_are_counted():
-    """There are 288 grids of 4 x 4; counting gives the mass on them and -log p; two of 6 x 6 coincide if they are
-    the same but for the digits."""
+    """There are 288 grids of 4 x 4. Counting gives the mass on them and -log p. Two grids of 6 x 6 coincide
+    if they are the same up to a relabelling of the digits."""
     grids = runs.grids4()
     assert grids.shape == np.unique(grids, axis=0).shape == (288, 16)
     found = runs.count(np.r_[grids, np.zeros_like(grids)])
@@ -617,3 +633,30 @@ def test_figures(call, tmp_path):
 
 
 # --- 5. The write-up ---------------------------------------------------------------------------------------
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def is_part(line, whole):
+    """Whether the cells of a line are among those of another, in the same order."""
+    rest = iter(cells(whole))
+    return all(cell in rest for cell in cells(line) if cell)
+
+
+def test_readme_shows_what_the_files_say(call):
+    """Each row of a table in README.md that names its command is among the rows that the command prints."""
+    printed, checked, text = {}, 0, (HERE / "README.md").read_text(encoding="utf-8")
+    for command, table in re.findall(r"<!-- python -m (.*?) -->\n\n((?:\|.*\n)+)", text):
+        module, *words = command.split()
+        if command not in printed:
+            script = {"data.study.results": results, "data.study.runs": runs}[module]
+            words = [TOP / word if word.endswith(".csv") else word for word in words]
+            printed[command] = [line for line in call(script, *words).splitlines() if " | " in line]
+        for line in table.splitlines():
+            if not set(line) <= set("|- "):
+                found = any(is_part(line, whole) for whole in printed[command])
+                assert found, f"{command} does not print {line}"
+                checked += 1
+    assert checked > 200

@@ -11,15 +11,21 @@ from train import WEIGHT_DECAY, checksum, fit
 
 
 def new_model(domain, sizes, device, seed=0, **kind):
-    """Return a Transformer with random weights; sizes has "dim", "depth" and "heads". kind: other Config fields."""
+    """Return a Transformer with random weights.
+
+    sizes has "dim", "depth" and "heads"; kind are other fields of Config.
+    """
     torch.manual_seed(seed)
     config = Config(len(domain.vocab), domain.length, sizes["dim"], sizes["depth"], sizes["heads"], **kind)
     config.positions = domain.load()[0].ndim == 2  # rows have a beginning, windows of a stream do not
     return Transformer(config).to(device)
 
 
-def train_to(path, model, loss_of, domain, *, iters, lr, batch_size, seed=0, dtype="float32", compiled=False, **made_from):
-    """Train the model with loss_of(denoiser, x0 [B, L], generator) -> [B] nats, write it to path, and return it.
+def train_to(
+    path, model, loss_of, domain, *,
+    iters, lr, batch_size, seed=0, dtype="float32", compiled=False, **made_from,
+):  # fmt: skip
+    """Train the model, write it to path, and return it. loss_of(denoiser, x0 [B, L], generator) -> [B] nats.
 
     A run that was stopped goes on. A finished file is returned as it is. made_from is added to the settings,
     which are kept in the file.

@@ -16,7 +16,8 @@ import torch
 
 import data
 from data.study.training import new_model, train_to
-from sample import SHIPPED, number, pick_device, read_model, run
+from data.terminal import number, run
+from sample import SHIPPED, pick_device, read_model
 from scmdm import LINEAR, SelfConditioning, add_self_conditioning, diffusion_loss, earlier_times, make_signal
 from scmdm import q_sample, uniform, without_mask
 from train import DEFAULTS, LR_PRETRAIN, LR_SIGNAL
