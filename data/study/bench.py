@@ -19,6 +19,7 @@ import torch
 
 from data import BadInput, windows
 from data.study import files, results
+from data.study.figures import draw
 from data.study.metrics import half_width, measure
 from data.study.scoring import find_scoring, scoring_nll
 from data.study.variants import as_trained
@@ -160,8 +161,10 @@ def evaluate(bench, paths, models, out, known, all_steps, temperatures=(1.0,), s
             if adapted and steps == max(all_steps) and 1 in temperatures and bench.bounded:
                 todo += [(model, signal, steps, 1.0, 0) for signal in SIGNALS]
 
-    # a row without generative perplexity, or from another scoring model, is measured again
-    known = {files.key_of(row): row for row in known if "signal" in row or row.get("scoring", "") == scoring}
+    # rows from before there was this scoring model, or RDKit, are measured again
+    quality = {bench.domain.quality} & bench.real(0).keys()
+    current = [row for row in known if row.get("scoring", "") == scoring and quality <= row.keys()]
+    known = {files.key_of(row): row for row in known if "signal" in row or row in current}
     base_bounds, rows, progress = {}, [], Progress("bench: row", len(todo))
     for done, (model, signal, steps, temperature, seed) in enumerate(todo):
         names = by_seed.get(model, {})
@@ -240,8 +243,6 @@ def main():  # fmt: off
     rows = evaluate(bench, paths, models, out / "results.csv", known, *sizes)
     results.report(rows)
     if args.figures:
-        from data.study.figures import draw  # which needs matplotlib
-
         draw(rows, out)
 
 

@@ -208,7 +208,7 @@ def main():
         of_run = [row for row in rows if (row.get("run"), row["domain"]) == (run_, domain)]
         report_orders(of_run) if "orders" in of_run[0] else report(of_run)
     if args.figures:
-        from data.study.figures import draw  # which needs matplotlib
+        from data.study.figures import draw  # which imports this module
 
         draw(rows, args.file.parent)
 

@@ -428,6 +428,20 @@ def test_a_scoring_model_that_is_trained_later_is_used(call, tmp_path):
     assert "not a scoring model" in use(status=2)
 
 
+def test_what_could_not_be_scored_is_measured_again(tmp_path):
+    """Samples that were measured without the domain's own quality, as without RDKit, are measured again."""
+    rows, scores = np.random.default_rng(0).integers(0, 5, (40, 6)), {}
+    test = a_bench(rows)
+    test.domain.quality, test.domain.score = "valid", lambda samples, reference: scores
+    save(tmp_path / "base.npz", tiny())
+    options = [{"base": tmp_path / "base.npz"}, {"base": tiny()}, tmp_path / "results.csv"]
+    before = bench.evaluate(test, *options, [], [2])
+    assert bench.evaluate(test, *options, before, [2]) == before
+    scores["valid"] = 0.5
+    again = bench.evaluate(test, *options, before, [2])
+    assert [row["valid"] for row in again] == [0.5, 0.5] and files.read(options[2]) == again
+
+
 def test_shipped_models_and_results_stay_as_they_are(call, tmp_path, monkeypatch):
     """Results of the shipped models go to runs/shipped/. What is shipped is not changed or measured again."""
     monkeypatch.chdir(tmp_path)

@@ -39,7 +39,10 @@ def train_to(
         average = fit(model, loss_of, train, path.with_suffix(".state"), settings, lr, compiled)
         keys = ("vocab", "length", "end", "join", "source")
         info = {"data": domain.name} | {key: getattr(domain, key) for key in keys}
-        save(path, average.half(), **info, made_from=settings, lr=lr)
+        try:
+            save(path, average.half(), **info, made_from=settings, lr=lr)
+        except OSError as error:
+            raise BadInput(f"{path}: {error.strerror}; the same command goes on when there is room") from None
         path.with_suffix(".state").unlink(missing_ok=True)
     trained = read_model(path, device)
     found = trained.info.get("made_from", {})
