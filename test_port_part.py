@@ -1,0 +1,224 @@
+"""The part of test_scmdm.py that is about ports: golden values, the kit data/golden.py, data/PORTING.md.
+
+    python test_port_part.py    write data/golden.npz again (values that have not moved stay to the bit)
+"""
+
+import copy
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import golden
+from scmdm import Config, SelfConditioning, Transformer, add_self_conditioning, diffusion_loss, sample
+from scmdm import sampler_bound
+
+HERE = Path(__file__).parent
+PORTING = HERE / "data" / "PORTING.md"
+
+
+def tiny(V=5, length=6, seed=0, adapted=False, **kw):
+    """A Transformer of random weights, large enough to matter; adapted: with a matrix W that is not zero."""
+    torch.manual_seed(seed)
+    model = Transformer(Config(V, length, dim=16, depth=2, heads=2, **kw))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(1.0 if p.ndim == 1 else 0.0, 0.3)
+    if adapted:
+        model = add_self_conditioning(model)
+        model.self_conditioning.W.data.normal_(0, 0.5)
+    return model
+
+
+# --- golden values -----------------------------------------------------------------------------------------
+
+
+def replayed(*uniforms):
+    """A generator that hands out these arrays, one for each draw, each of the shape that is asked for."""
+    left = [torch.as_tensor(u) for u in uniforms]
+
+    def generator(shape):
+        u = left.pop(0)
+        assert u.shape == tuple(shape), f"a draw of {list(shape)}, but the next uniforms are {list(u.shape)}"
+        return u
+
+    return generator
+
+
+def plain_fit(model, loss_of, iters, lr):
+    """The training recipe of data/PORTING.md in plain PyTorch: trains model, returns the moving average.
+
+    loss_of(model, k) is the scalar that iteration k minimises.
+    """
+    average, warmup = copy.deepcopy(model), max(1, min(iters // 20, 200))
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-8)
+    for k in range(iters):
+        optimiser.zero_grad()
+        loss_of(model, k).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimiser.param_groups:
+            group["lr"] = lr * min((k + 1) / warmup, (1 + math.cos(math.pi * k / iters)) / 2)
+        optimiser.step()
+        decay = min(0.999, (k + 1) / (k + 10))
+        with torch.no_grad():
+            for a, p in zip(average.parameters(), model.parameters()):
+                a.lerp_(p, 1 - decay)
+    return average
+
+
+def golden_model():
+    """The tiny model of data/golden.npz, with position embeddings and an adapter that is not zero."""
+    return tiny(V=5, length=8, seed=1, adapted=True, positions=True)
+
+
+def golden_training(x0, t, u_mask, u_given):
+    """Three iterations on the loss, each at the same noise. {name: array}"""
+    model, losses = golden_model(), []
+    gradients = {name: [] for name, _ in model.named_parameters()}
+    for name, p in model.named_parameters():  # before they are clipped
+        p.register_post_accumulate_grad_hook(lambda p, kept=gradients[name]: kept.append(p.grad.clone()))
+
+    def loss_of(model, k):
+        losses.append(diffusion_loss(model, x0, 5, t=t, generator=replayed(u_mask, u_given)).mean() / 8)
+        return losses[-1]
+
+    average = plain_fit(model, loss_of, 3, 1e-2)
+    arrays = {"optimiser/loss": torch.stack(losses)}
+    arrays |= {f"optimiser/gradient/{name}": torch.stack(kept) for name, kept in gradients.items()}
+    for name in ("embed.weight", "self_conditioning.W", "blocks.0.qkv.weight"):
+        arrays[f"optimiser/live/{name}"] = model.get_parameter(name)
+        arrays[f"optimiser/average/{name}"] = average.get_parameter(name)
+    return arrays
+
+
+def golden_recipe(rand, model):
+    """Forty gradients for some of the arrays: norms from 0.1 to 10, and one row so small that epsilon matters."""
+    names = [name for name, _ in model.named_parameters() if not name.startswith("blocks.1")]
+    names = [name for name in names if not name.endswith(("qkv.weight", "out.weight", "up.weight", "down.weight"))]
+    norms = 10 ** rand.uniform(-1, 1, 40)
+    gradients = {name: rand.standard_normal((40, *model.get_parameter(name).shape)) for name in names}
+    gradients["embed.weight"][:, 0] *= 1e-6
+    total = np.sqrt(sum((g.reshape(40, -1) ** 2).sum(1) for g in gradients.values()))
+    return {name: np.einsum("k,k...->k...", norms / total, g).astype(np.float32) for name, g in gradients.items()}
+
+
+def fit_recipe(fit, gradients):
+    """What `fit(model, loss_of, iters, lr)` makes of these gradients: (weights, average), {name: array}."""
+    model = golden_model()
+
+    def loss_of(model, k):  # linear in the weights, so that its gradient is the given one
+        terms = ((model.get_parameter(name) * torch.as_tensor(g[k])).sum() for name, g in gradients.items())
+        return sum(terms)
+
+    average = fit(model, loss_of, 40, 1e-2)
+    return tuple({name: m.get_parameter(name) for name in gradients} for m in (model, average))
+
+
+def other_mask(model, mask_id):
+    """The model, with one of its V tokens as the mask, as BERT has it."""
+    model = copy.deepcopy(model)
+    W = model.self_conditioning.W
+    model.self_conditioning = SelfConditioning(model.embed, mask_id)
+    model.self_conditioning.W = W
+    return model
+
+
+def make_golden():
+    """The arrays of data/golden.npz; STEPS in data/golden.py says what each is for."""
+    model, rand = golden_model(), np.random.default_rng(0)
+    # the inputs
+    xt = rand.integers(0, 6, (2, 8))
+    xt[:, ::3] = 5
+    x0_prev = golden.softmax(2 * rand.standard_normal((2, 8, 5))).astype(np.float32)
+    u_given = np.array([0.2, 0.7, 0.4, 0.9])
+    x0, t, u_mask = rand.integers(0, 5, (4, 8)), np.array([0.0004, 0.4, 0.65, 0.9]), rand.random((4, 8))
+    u_mask[0, 3] = 0.0006  # masked only because the first time is raised to 0.001
+    canvas = np.full((2, 8), 5)
+    canvas[1, 2:4] = 1, 3
+    u_reveal, u_token = rand.random((2, 6, 2, 8))
+    u_token[5, 0, 2] = 1 - 2**-53  # the last token, in float64 and if the sum is divided by its end
+    u_passes, u_calls = np.array([0.6]), np.array([0.3, 0.1, 0.5, 0.95])  # 3 passes; T from 2.6 to 28
+    u_bound = rand.random((4, 8))
+    rand = np.random.default_rng(1)  # what was added later has its own numbers
+    frozen = rand.random((4, 8)) < 0.4
+    frozen_x0 = np.where(frozen & (rand.random((4, 8)) < 0.5), 5, x0)  # the mask stands at some of them
+    inside_x0, inside_canvas = np.where(x0 == 2, 4, x0), np.where(canvas == 5, 2, canvas)  # 2 is the mask
+    u_reveal4, u_token4 = rand.random((2, 4, 2, 8))
+    arrays = {f"weights/{name}": p for name, p in model.state_dict().items()} | {"heads": np.array(2)}
+    arrays |= {"forward/xt": xt, "forward/x0_prev": x0_prev, "loss/x0": x0, "loss/t": t, "loss/u_mask": u_mask}
+    arrays |= {"loss/u_given": u_given, "unroll/u_passes": u_passes, "unroll/u_calls": u_calls}
+    arrays |= {"sample/canvas": canvas, "sample/u_reveal": u_reveal, "sample/u_token": u_token}
+    arrays |= {"bound/u": u_bound, "frozen/x0": frozen_x0, "frozen/frozen": frozen}
+    arrays |= {"inside/mask_id": np.array(2), "inside/x0": inside_x0, "inside/canvas": inside_canvas}
+    arrays |= {"confidence/u_reveal": u_reveal4, "confidence/u_token": u_token4}
+
+    # what is made of them: the model
+    autoregressive = copy.deepcopy(model)
+    for block in autoregressive.blocks:
+        block.causal = True
+    xt, x0_prev, x0, t = (torch.tensor(a) for a in (xt, x0_prev, x0, t))
+    arrays |= {"forward/logits_without_signal": model(xt), "forward/logits_with_signal": model(xt, x0_prev)}
+    arrays |= {"forward/logits_causal": autoregressive(xt)}
+
+    # the loss
+    def loss(x0=x0, model=model, mask_id=5, unroll=1, **options):
+        draws = replayed(u_mask, u_given, u_passes, u_calls) if unroll > 1 else replayed(u_mask, u_given)
+        return diffusion_loss(model, x0, mask_id, t=t, unroll=unroll, generator=draws, **options)
+
+    hold = {"x0": torch.tensor(frozen_x0), "frozen": torch.tensor(frozen)}
+    inside = {"model": other_mask(model, 2), "x0": torch.tensor(inside_x0), "mask_id": 2}
+    arrays |= {"loss/loss": loss(), "loss/loss_at_rate_half": loss(self_cond_rate=0.5)}
+    arrays |= {"unroll/loss": loss(unroll=4), "unroll/loss_at_rate_half": loss(unroll=4, self_cond_rate=0.5)}
+    arrays |= {"frozen/loss": loss(**hold), "frozen/loss_unrolled": loss(**hold, unroll=4)}
+    arrays |= {"inside/loss": loss(**inside)}
+    arrays["loss/loss"].mean().backward()
+    for name in golden.PASS_1_MATTERS:
+        arrays[f"loss/gradient/{name}"] = model.get_parameter(name).grad
+
+    # the sampler
+    def sampled(name, model=model, canvas=canvas, u_reveal=u_reveal, u_token=u_token, mask_id=5, **options):
+        draws, signals = replayed(*(u for pair in zip(u_reveal, u_token) for u in pair)), []
+        keep = lambda step, x, x0_prev: signals.append(x0_prev)  # noqa: E731
+        canvas, steps = torch.tensor(canvas), len(u_reveal)
+        tokens = sample(model, canvas, mask_id, steps, generator=draws, on_step=keep, **options)
+        return {f"{name}/tokens": tokens, f"{name}/x0_prev": torch.stack(signals)}
+
+    tied = copy.deepcopy(model)
+    torch.nn.init.zeros_(tied.head.weight)
+    four = {"u_reveal": u_reveal4, "u_token": u_token4, "order": "confidence"}
+    arrays |= sampled("sample") | sampled("nucleus", temperature=0.7, top_p=0.8)
+    arrays |= sampled("argmax", temperature=0) | sampled("confidence", **four) | sampled("tied", tied, **four)
+    arrays |= sampled("inside", inside["model"], inside_canvas, mask_id=2)
+
+    # the bound, and training
+    def bound(x0=x0, model=model, mask_id=5, **options):
+        return sampler_bound(model, x0, mask_id, 6, generator=replayed(u_bound), **options)
+
+    arrays |= {"bound/bound": bound(), "frozen/bound": bound(**hold), "inside/bound": bound(**inside)}
+    arrays |= golden_training(x0, t, u_mask, u_given)
+    gradients = golden_recipe(rand, model)
+    live, average = fit_recipe(plain_fit, gradients)
+    for name, gradient in gradients.items():
+        arrays |= {f"recipe/weights/{name}": model.get_parameter(name), f"recipe/gradient/{name}": gradient}
+        arrays |= {f"recipe/live/{name}": live[name], f"recipe/average/{name}": average[name]}
+    return {name: a.detach().numpy() if torch.is_tensor(a) else a for name, a in arrays.items()}
+
+
+def same(stored, made):
+    scale = max(1, np.abs(made).max())  # a loss at t = 0.001 weighs 1000
+    return stored.shape == made.shape and np.allclose(stored, made, atol=1e-5 * scale, rtol=0)
+
+
+def write_golden():
+    """Write data/golden.npz. A value that has moved by no more than rounding stays as it is, to the bit."""
+    old, arrays = dict(np.load(golden.GOLDEN)), make_golden()
+    np.savez(golden.GOLDEN, **{name: old[name] if name in old and same(old[name], a) else a for name, a in arrays.items()})
+
+
+if __name__ == "__main__":
+    write_golden()
+    print(f"wrote {golden.GOLDEN}")
