@@ -239,7 +239,7 @@ UNROLL = {"unroll": 4, "u_k": "unroll/u_passes", "u_T": "unroll/u_calls"}
 FROZEN, INSIDE = {"frozen": "frozen/frozen"}, {"mask_id": "inside/mask_id"}
 DRAWS = ("sample/u_reveal", "sample/u_token")
 FOUR_STEPS = ("sample/canvas", "confidence/u_reveal", "confidence/u_token")
-CONFIDENCE, WARM = {"order": "confidence"}, {"temperature": 0.7, "top_p": 0.8}
+CONFIDENCE, WARM = {"order": "confidence", "temperature": 0.5}, {"temperature": 0.7, "top_p": 0.85}
 
 # Typical mistakes: {what was done: the options with which the function above does it}
 NO_SIGNAL, ALL_GIVEN = {"pass 2 is given no signal": {"rate": 0}}, {"u_given is ignored": {"rate": 1}}
