@@ -4,15 +4,22 @@
 """
 
 import copy
+import inspect
 import math
+import re
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
+import data
 from data import golden
-from scmdm import Config, SelfConditioning, Transformer, add_self_conditioning, diffusion_loss, sample
-from scmdm import sampler_bound
+from scmdm import Config, SelfConditioning, Transformer, add_self_conditioning, diffusion_loss, load, masked_nll
+from scmdm import sample, sampler_bound
 
 HERE = Path(__file__).parent
 PORTING = HERE / "data" / "PORTING.md"
@@ -215,10 +222,233 @@ def same(stored, made):
 
 def write_golden():
     """Write data/golden.npz. A value that has moved by no more than rounding stays as it is, to the bit."""
-    old, arrays = dict(np.load(golden.GOLDEN)), make_golden()
-    np.savez(golden.GOLDEN, **{name: old[name] if name in old and same(old[name], a) else a for name, a in arrays.items()})
+    old = dict(np.load(golden.GOLDEN))
+    kept = {name: old[name] if name in old and same(old[name], a) else a for name, a in make_golden().items()}
+    np.savez(golden.GOLDEN, **kept)
+    print(f"wrote {golden.GOLDEN}")
+
+
+def test_golden_values_have_not_moved():
+    """This code computes what data/golden.npz says: a port that agrees with the file agrees with the code."""
+    file, arrays = dict(np.load(golden.GOLDEN)), make_golden()
+    assert set(file) == set(arrays) and golden.GOLDEN.stat().st_size < 400_000
+    for name, array in arrays.items():
+        assert same(file[name], array), name
+
+
+def test_golden_draws_are_no_close_calls():
+    """Logits that are wrong by 0.001 give the golden tokens, so rounding does not decide about a port."""
+    g, model, noise = dict(np.load(golden.GOLDEN)), golden_model(), torch.Generator().manual_seed(0)
+    options = {"sample": {}, "nucleus": {"temperature": 0.7, "top_p": 0.85}, "argmax": {"temperature": 0}}
+    options |= {"confidence": {"temperature": 0.5, "order": "confidence"}, "inside": {}}
+    for name, how in options.items():
+        inside = name == "inside"
+        exact, canvas = other_mask(model, 2) if inside else model, g["inside/canvas" if inside else "sample/canvas"]
+        us = (g[f"{name if name == 'confidence' else 'sample'}/{u}"] for u in ("u_reveal", "u_token"))
+        draws = replayed(*(u for pair in zip(*us) for u in pair))
+
+        def disturbed(xt, x0_prev, exact=exact):
+            return exact(xt, x0_prev) + 1e-3 * torch.randn(2, 8, 5, generator=noise)
+
+        steps = 4 if name == "confidence" else 6
+        found = sample(disturbed, torch.tensor(canvas), 2 if inside else 5, steps, generator=draws, **how)
+        assert (found.numpy() == g[f"{name}/tokens"]).all(), name
+
+
+FITS = {"plain PyTorch": plain_fit}  # ways to train that must follow the recipe
+
+
+@pytest.mark.parametrize("fit", FITS.values(), ids=FITS)
+def test_optimiser_is_the_documented_one(fit):
+    """Training with the golden gradients ends at the golden weights, which the NumPy port found as well."""
+    g = dict(np.load(golden.GOLDEN))
+    gradients = golden.resolve(g, "recipe/gradient/")
+    for found, kind in zip(fit_recipe(fit, gradients), ("live", "average")):
+        for name, array in golden.resolve(g, f"recipe/{kind}/").items():
+            assert np.abs(found[name].detach().numpy() - array).max() < 1e-5, (kind, name)
+
+
+# --- the kit -----------------------------------------------------------------------------------------------
+
+
+def numpy_port():
+    """The text of the NumPy port, without the kit: what a porter writes."""
+    return Path(golden.__file__).read_text(encoding="utf-8").split("# --- 5. The kit")[0]
+
+
+def run_kit(*arguments):
+    """python -m data.golden, where PyTorch cannot be imported. Returns (exit status, lines on stdout)."""
+    code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_module('data.golden', run_name='__main__')"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    return done.returncode, done.stdout.splitlines()
+
+
+def test_a_port_can_check_itself_step_by_step(tmp_path):
+    """The kit runs without PyTorch, on the port in data/golden.py and on one in a file of its own."""
+    status, lines = run_kit()
+    assert status == 0 and lines[-1] == "all right: 22 steps"
+    assert all(line.startswith("ok ") for line in lines[:-1]) and len(lines) == 23
+    (tmp_path / "helper.py").write_text(numpy_port())
+    (tmp_path / "my_port.py").write_text("from helper import forward, loss, sample, bound")
+    status, lines = run_kit(tmp_path / "my_port.py")
+    assert status == 0 and lines[-1] == "all right: 19 steps, 3 skipped"
+    assert run_kit(tmp_path / "none.py") == (2, [])
+
+
+def test_the_kit_says_what_it_could_not_check(capsys):
+    """What is optional is skipped. A missing function, an error, a wrong shape and NaN are failures."""
+
+    def forward(w, heads, xt, x0_prev=None):
+        return golden.forward(w, heads, xt, x0_prev)[:, 1:]
+
+    def bound(w, heads, x0, u, steps, frozen=False):
+        if np.any(frozen):
+            raise NotImplementedError("later")
+        return golden.bound(w, heads, x0, u, steps) * np.nan
+
+    assert golden.check({"forward": forward, "bound": bound, "loss": golden.loss}) == 10
+    printed = capsys.readouterr().out
+    for remark in (
+        "FAILED  the Transformer: Traceback",
+        "ValueError: the shape is [2, 7, 5], expected [2, 8, 5]",
+        "skipped causal attention: forward got an unexpected keyword argument 'causal'",
+        "skipped the gradient: there is no function gradient",
+        "FAILED  the sampler: there is no function sample",
+        "FAILED  the bound: largest difference nan, tolerance 1e-04\n        look here: the same u",
+        "NotImplementedError: later",
+        "skipped the bound, mask inside: bound got an unexpected keyword argument 'mask_id'",
+        "\n10 of 22 steps failed, 5 skipped\n",
+    ):
+        assert remark in printed
+
+
+def test_a_wrong_golden_value_is_seen(tmp_path, capsys):
+    """A golden value that is wrong by 0.01 makes its step fail, and no other."""
+    arrays = dict(np.load(golden.GOLDEN))
+    arrays["bound/bound"][2] += 0.01
+    np.savez(tmp_path / "other.npz", **arrays)
+    port = {name: f for name, f in vars(golden).items() if name != "gradient"}  # the slowest step
+    assert golden.check(port, tmp_path / "other.npz") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith("FAILED")] == ["FAILED  the bound"]
+    assert lines[-1] == "1 of 22 steps failed, 1 skipped"
+
+
+DECAYED = 'array.ndim == 2 and "embed" not in name'
+MISTAKES = {  # in the text of the NumPy port: what it was, what is made of it, the first step to fail, the advice
+    "the erf form of GELU": (
+        "(1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))",
+        "(1 + np.vectorize(__import__('math').erf)(z / 2**0.5))",
+        "the Transformer",
+        "look here: 0.001 may be the erf form of GELU",
+    ),
+    "the time is raised after masking": (
+        "t = np.maximum(t, T_MIN)\n    k, T",
+        "u, t = np.where(u < t[:, None], u, 1), np.maximum(t, T_MIN)\n    k, T",
+        "the loss",
+        "look here: a sum over masked positions, divided by t; t is raised to 0.001 before masking",
+    ),
+    "frozen positions are masked in pass 1": (
+        "xt, _ = q_sample(w, x0, time, u, frozen, mask_id)",
+        "xt, _ = q_sample(w, x0, time, u, False, mask_id)",
+        "the loss, frozen",
+        "look here: a frozen position is never masked",
+    ),
+    "pass 1 has a gradient": (
+        "constant=True", "constant=False", "the gradient", "the likely mistake: the gradient flows through pass 1"
+    ),
+    "halves are rounded up": (
+        "np.round(s * blanks)",
+        "np.floor(s * blanks + 0.5)",
+        "the sampler, confidence order",
+        "look here: the probability of the token that was drawn; of 4.5 and 1.5 masks 4 and 2 are left",
+    ),
+    "beta2 is PyTorch's": (
+        "(0.9, 0.98)", "(0.9, 0.999)", "the optimiser, 3 iterations", "the likely mistake: beta2 is 0.999, not 0.98"
+    ),
+    "gradients are always scaled": (
+        "min(1, 1 / norm)",
+        "1 / norm",
+        "the optimiser, 40 iterations",
+        "the likely mistake: a gradient of norm below 1 is scaled up to 1",
+    ),
+    "position_embed is decayed": (
+        DECAYED,
+        'array.ndim == 2 and name != "embed.weight"',
+        "the optimiser, 40 iterations",
+        "the likely mistake: position_embed is decayed",
+    ),
+    "norms are decayed": (
+        DECAYED, '"embed" not in name', "the optimiser, 40 iterations", "the likely mistake: norms are decayed"
+    ),
+    "head is not decayed": (
+        DECAYED, f'{DECAYED} and "head" not in name', "the optimiser, 40 iterations", "the likely mistake: head is"
+    ),
+    "there is no warm-up": (
+        "warmup = warmup or max(1, min(n // 20, 200))",
+        "warmup = 1",
+        "the optimiser, 40 iterations",
+        "the likely mistake: there is no warm-up",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_kit_catches_typical_mistakes(mistake, tmp_path, capsys):
+    """Each mistake in a copy of the port fails at the step that is about it, and the kit says what to look at."""
+    right, wrong, step, advice = MISTAKES[mistake]
+    assert numpy_port().count(right) == 1
+    (tmp_path / "my_port.py").write_text(numpy_port().replace(right, wrong))
+    port = runpy.run_path(tmp_path / "my_port.py", run_name="port")
+    if step != "the gradient":
+        del port["gradient"]  # the slowest step
+    assert golden.check(port) > 0
+    first, after = (line for line in capsys.readouterr().out.split("FAILED  ")[1].splitlines()[:2])
+    assert first.startswith(f"{step}: largest difference") and after.strip().startswith(advice)
+
+
+def test_every_golden_value_is_checked_and_documented():
+    """The kit uses each array but optimiser/loss, which is for training loops, and PORTING.md names each."""
+    file, page, used = dict(np.load(golden.GOLDEN)), PORTING.read_text(encoding="utf-8"), {"optimiser/loss"}
+    for title, _, inputs, options, expected, *_ in golden.STEPS:
+        assert f"| {title} |" in page, title
+        for name in (*inputs, *options.values(), *(expected if isinstance(expected, tuple) else [expected])):
+            used |= {n for n in file if n == name or str(name).endswith("/") and n.startswith(str(name))}
+    assert used == set(file)
+    for name in file:
+        pattern = re.sub(r"^(weights|loss/gradient|optimiser/\w+|recipe/\w+)/.*", r"\1/*", name)
+        assert f"`{name}`" in page or name in page or pattern in page, name
+
+
+def test_the_functions_that_porting_asks_for_are_those_of_the_port():
+    """The table of functions in PORTING.md has the names, keywords and defaults of data/golden.py."""
+    rows = re.findall(r"^\| `(\w+)(\(w, .*?\))`", PORTING.read_text(encoding="utf-8"), re.M)
+    assert [name for name, _ in rows] == ["forward", "loss", "sample", "bound", "gradient", "optimise"]
+    for name, asked in rows:
+        scope = {}
+        exec(f"def asked{asked}: pass", scope)
+        ours = inspect.signature(getattr(golden, name)).parameters
+        for parameter, want in inspect.signature(scope["asked"]).parameters.items():
+            assert (ours[parameter].kind, ours[parameter].default) == (want.kind, want.default), (name, parameter)
+
+
+def test_the_numbers_that_porting_gives():
+    """PORTING.md says where the held-out text begins, and three losses of it under the shipped models."""
+    page, domain = " ".join(PORTING.read_text(encoding="utf-8").split()), data.get("text")
+    train, held_out = domain.load()
+    assert f"{len(train) + len(held_out):,} characters" in page and f"offset {len(train):,} (N × 9 // 10)" in page
+    assert "`ious drab of`, a line break, `a sleeve-less errand.`" in page
+    assert domain.decode(held_out[:34]) == "ious drab of\na sleeve-less errand."
+    x0, mask_id = torch.from_numpy(held_out[:128].astype(np.int64))[None], len(domain.vocab)
+    xt = x0.clone()
+    xt[:, 1::2] = mask_id
+    base, adapted = (load(HERE / "data" / "models" / "text" / f"{name}.npz") for name in ("base", "rate1"))
+    with torch.no_grad():
+        logits = [base(xt), adapted(xt), adapted(xt, adapted(xt).softmax(-1))]
+    for z, where in zip(logits, ("text/base.npz`,", "text/rate1.npz` without a signal", "text/rate1.npz` with two passes")):
+        assert f"{masked_nll(z, x0, xt == mask_id, mask_id).item():.2f} nats under `models/{where}" in page
 
 
 if __name__ == "__main__":
     write_golden()
-    print(f"wrote {golden.GOLDEN}")
