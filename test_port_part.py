@@ -18,8 +18,8 @@ import torch
 
 import data
 from data import golden
-from scmdm import Config, SelfConditioning, Transformer, add_self_conditioning, diffusion_loss, load, masked_nll
-from scmdm import sample, sampler_bound
+from scmdm import Config, SelfConditioning, Transformer, add_self_conditioning, diffusion_loss, load
+from scmdm import masked_nll, sample, sampler_bound
 
 HERE = Path(__file__).parent
 PORTING = HERE / "data" / "PORTING.md"
@@ -103,14 +103,14 @@ def golden_training(x0, t, u_mask, u_given):
 
 
 def golden_recipe(rand, model):
-    """Forty gradients for some of the arrays: norms from 0.1 to 10, and one row so small that epsilon matters."""
-    names = [name for name, _ in model.named_parameters() if not name.startswith("blocks.1")]
-    names = [name for name in names if not name.endswith(("qkv.weight", "out.weight", "up.weight", "down.weight"))]
-    norms = 10 ** rand.uniform(-1, 1, 40)
+    """Forty gradients, of norms from 0.1 to 10, for an array of each kind. {name: [40, ...]}"""
+    names = ["embed.weight", "position_embed.weight", "blocks.0.norm1.weight", "blocks.0.norm2.weight"]
+    names += ["norm.weight", "head.weight", "self_conditioning.W"]
     gradients = {name: rand.standard_normal((40, *model.get_parameter(name).shape)) for name in names}
-    gradients["embed.weight"][:, 0] *= 1e-6
-    total = np.sqrt(sum((g.reshape(40, -1) ** 2).sum(1) for g in gradients.values()))
-    return {name: np.einsum("k,k...->k...", norms / total, g).astype(np.float32) for name, g in gradients.items()}
+    gradients["embed.weight"][:, 0] *= 1e-6  # one row so small that epsilon matters
+    norms = np.sqrt(sum((g.reshape(40, -1) ** 2).sum(1) for g in gradients.values()))  # [40]
+    scale = 10 ** rand.uniform(-1, 1, 40) / norms  # [40]
+    return {name: (g.T * scale).T.astype(np.float32) for name, g in gradients.items()}
 
 
 def fit_recipe(fit, gradients):
@@ -156,8 +156,9 @@ def make_golden():
     inside_x0, inside_canvas = np.where(x0 == 2, 4, x0), np.where(canvas == 5, 2, canvas)  # 2 is the mask
     u_reveal4, u_token4 = rand.random((2, 4, 2, 8))
     arrays = {f"weights/{name}": p for name, p in model.state_dict().items()} | {"heads": np.array(2)}
-    arrays |= {"forward/xt": xt, "forward/x0_prev": x0_prev, "loss/x0": x0, "loss/t": t, "loss/u_mask": u_mask}
-    arrays |= {"loss/u_given": u_given, "unroll/u_passes": u_passes, "unroll/u_calls": u_calls}
+    arrays |= {"forward/xt": xt, "forward/x0_prev": x0_prev, "loss/x0": x0, "loss/t": t}
+    arrays |= {"loss/u_mask": u_mask, "loss/u_given": u_given}
+    arrays |= {"unroll/u_passes": u_passes, "unroll/u_calls": u_calls}
     arrays |= {"sample/canvas": canvas, "sample/u_reveal": u_reveal, "sample/u_token": u_token}
     arrays |= {"bound/u": u_bound, "frozen/x0": frozen_x0, "frozen/frozen": frozen}
     arrays |= {"inside/mask_id": np.array(2), "inside/x0": inside_x0, "inside/canvas": inside_canvas}
@@ -238,21 +239,22 @@ def test_golden_values_have_not_moved():
 
 def test_golden_draws_are_no_close_calls():
     """Logits that are wrong by 0.001 give the golden tokens, so rounding does not decide about a port."""
-    g, model, noise = dict(np.load(golden.GOLDEN)), golden_model(), torch.Generator().manual_seed(0)
-    options = {"sample": {}, "nucleus": {"temperature": 0.7, "top_p": 0.85}, "argmax": {"temperature": 0}}
-    options |= {"confidence": {"temperature": 0.5, "order": "confidence"}, "inside": {}}
-    for name, how in options.items():
-        inside = name == "inside"
-        exact, canvas = other_mask(model, 2) if inside else model, g["inside/canvas" if inside else "sample/canvas"]
-        us = (g[f"{name if name == 'confidence' else 'sample'}/{u}"] for u in ("u_reveal", "u_token"))
-        draws = replayed(*(u for pair in zip(*us) for u in pair))
+    g, noise = dict(np.load(golden.GOLDEN)), torch.Generator().manual_seed(0)
+    for title, function, inputs, options, expected, *_ in golden.STEPS:
+        if function != "sample" or expected[0] == "tied/tokens":  # those confidences are equal on purpose
+            continue
+        options = {name: golden.resolve(g, value) for name, value in options.items()}
+        mask_id = options.pop("mask_id", 5)
+        canvas, u_reveal, u_token = (g[name] for name in inputs[2:])
+        exact = other_mask(golden_model(), mask_id)
+        draws = (u for pair in zip(u_reveal, u_token) for u in pair)
 
         def disturbed(xt, x0_prev, exact=exact):
             return exact(xt, x0_prev) + 1e-3 * torch.randn(2, 8, 5, generator=noise)
 
-        steps = 4 if name == "confidence" else 6
-        found = sample(disturbed, torch.tensor(canvas), 2 if inside else 5, steps, generator=draws, **how)
-        assert (found.numpy() == g[f"{name}/tokens"]).all(), name
+        steps = len(u_reveal)
+        found = sample(disturbed, torch.tensor(canvas), mask_id, steps, generator=replayed(*draws), **options)
+        assert (found.numpy() == g[expected[0]]).all(), title
 
 
 FITS = {"plain PyTorch": plain_fit}  # ways to train that must follow the recipe
@@ -278,7 +280,7 @@ def numpy_port():
 
 def run_kit(*arguments):
     """python -m data.golden, where PyTorch cannot be imported. Returns (exit status, lines on stdout)."""
-    code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_module('data.golden', run_name='__main__')"
+    code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_module('data.golden', None, '__main__')"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     return done.returncode, done.stdout.splitlines()
@@ -336,7 +338,7 @@ def test_a_wrong_golden_value_is_seen(tmp_path, capsys):
 
 
 DECAYED = 'array.ndim == 2 and "embed" not in name'
-MISTAKES = {  # in the text of the NumPy port: what it was, what is made of it, the first step to fail, the advice
+MISTAKES = {  # a mistake: what stands in the NumPy port, what it becomes, the first step to fail, the advice
     "the erf form of GELU": (
         "(1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))",
         "(1 + np.vectorize(__import__('math').erf)(z / 2**0.5))",
@@ -356,7 +358,10 @@ MISTAKES = {  # in the text of the NumPy port: what it was, what is made of it, 
         "look here: a frozen position is never masked",
     ),
     "pass 1 has a gradient": (
-        "constant=True", "constant=False", "the gradient", "the likely mistake: the gradient flows through pass 1"
+        "constant=True",
+        "constant=False",
+        "the gradient",
+        "the likely mistake: the gradient flows through pass 1",
     ),
     "halves are rounded up": (
         "np.round(s * blanks)",
@@ -365,7 +370,10 @@ MISTAKES = {  # in the text of the NumPy port: what it was, what is made of it, 
         "look here: the probability of the token that was drawn; of 4.5 and 1.5 masks 4 and 2 are left",
     ),
     "beta2 is PyTorch's": (
-        "(0.9, 0.98)", "(0.9, 0.999)", "the optimiser, 3 iterations", "the likely mistake: beta2 is 0.999, not 0.98"
+        "(0.9, 0.98)",
+        "(0.9, 0.999)",
+        "the optimiser, 3 iterations",
+        "the likely mistake: beta2 is 0.999, not 0.98",
     ),
     "gradients are always scaled": (
         "min(1, 1 / norm)",
@@ -380,10 +388,16 @@ MISTAKES = {  # in the text of the NumPy port: what it was, what is made of it, 
         "the likely mistake: position_embed is decayed",
     ),
     "norms are decayed": (
-        DECAYED, '"embed" not in name', "the optimiser, 40 iterations", "the likely mistake: norms are decayed"
+        DECAYED,
+        '"embed" not in name',
+        "the optimiser, 40 iterations",
+        "the likely mistake: norms are decayed",
     ),
     "head is not decayed": (
-        DECAYED, f'{DECAYED} and "head" not in name', "the optimiser, 40 iterations", "the likely mistake: head is"
+        DECAYED,
+        f'{DECAYED} and "head" not in name',
+        "the optimiser, 40 iterations",
+        "the likely mistake: head is not decayed",
     ),
     "there is no warm-up": (
         "warmup = warmup or max(1, min(n // 20, 200))",
@@ -391,12 +405,12 @@ MISTAKES = {  # in the text of the NumPy port: what it was, what is made of it, 
         "the optimiser, 40 iterations",
         "the likely mistake: there is no warm-up",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_kit_catches_typical_mistakes(mistake, tmp_path, capsys):
-    """Each mistake in a copy of the port fails at the step that is about it, and the kit says what to look at."""
+    """A mistake in a copy of the port fails at the step that is about it, and the kit says where to look."""
     right, wrong, step, advice = MISTAKES[mistake]
     assert numpy_port().count(right) == 1
     (tmp_path / "my_port.py").write_text(numpy_port().replace(right, wrong))
@@ -430,14 +444,16 @@ def test_the_functions_that_porting_asks_for_are_those_of_the_port():
         exec(f"def asked{asked}: pass", scope)
         ours = inspect.signature(getattr(golden, name)).parameters
         for parameter, want in inspect.signature(scope["asked"]).parameters.items():
-            assert (ours[parameter].kind, ours[parameter].default) == (want.kind, want.default), (name, parameter)
+            found = ours[parameter]
+            assert (found.kind, found.default) == (want.kind, want.default), (name, parameter)
 
 
 def test_the_numbers_that_porting_gives():
     """PORTING.md says where the held-out text begins, and three losses of it under the shipped models."""
     page, domain = " ".join(PORTING.read_text(encoding="utf-8").split()), data.get("text")
     train, held_out = domain.load()
-    assert f"{len(train) + len(held_out):,} characters" in page and f"offset {len(train):,} (N × 9 // 10)" in page
+    assert f"{len(train) + len(held_out):,} characters" in page
+    assert f"offset {len(train):,} (N × 9 // 10)" in page
     assert "`ious drab of`, a line break, `a sleeve-less errand.`" in page
     assert domain.decode(held_out[:34]) == "ious drab of\na sleeve-less errand."
     x0, mask_id = torch.from_numpy(held_out[:128].astype(np.int64))[None], len(domain.vocab)
@@ -446,8 +462,10 @@ def test_the_numbers_that_porting_gives():
     base, adapted = (load(HERE / "data" / "models" / "text" / f"{name}.npz") for name in ("base", "rate1"))
     with torch.no_grad():
         logits = [base(xt), adapted(xt), adapted(xt, adapted(xt).softmax(-1))]
-    for z, where in zip(logits, ("text/base.npz`,", "text/rate1.npz` without a signal", "text/rate1.npz` with two passes")):
-        assert f"{masked_nll(z, x0, xt == mask_id, mask_id).item():.2f} nats under `models/{where}" in page
+    under = ("base.npz`,", "rate1.npz` without a signal,", "rate1.npz` with two passes")
+    for z, model in zip(logits, under):
+        nll = masked_nll(z, x0, xt == mask_id, mask_id).item()
+        assert f"{nll:.2f} nats under `models/text/{model}" in page
 
 
 if __name__ == "__main__":

@@ -254,8 +254,10 @@ ADAMW = {
     "there is no weight decay": {"decay": 0},
     "everything is decayed": {"decayed": lambda name, array: True},
     "norms are decayed": {"decayed": lambda name, array: "embed" not in name},
+    "embeddings are decayed": {"decayed": lambda name, array: array.ndim == 2},
     "position_embed is decayed": {"decayed": lambda name, array: array.ndim == 2 and name != "embed.weight"},
     "head is not decayed": {"decayed": lambda name, array: is_decayed(name, array) and "head" not in name},
+    "W is not decayed": {"decayed": lambda name, array: is_decayed(name, array) and "self" not in name},
 }
 
 # fmt: off
@@ -304,7 +306,7 @@ STEPS = [  # title, function, inputs, options, what it must return, where to loo
     ("the bound, mask inside", "bound", (*MODEL, "inside/x0", "bound/u", 6), INSIDE, "inside/bound",
      "the mask's logit is -inf, for the signal too", {}),
     ("the optimiser, 3 iterations", "optimise", ("weights/", "optimiser/gradient/", 1e-2), {},
-     ("optimiser/live/", "optimiser/average/"), "one norm for all arrays; decoupled decay; the average", ADAMW),
+     ("optimiser/live/", "optimiser/average/"), "one norm for all arrays; decoupled decay; average", ADAMW),
     ("the optimiser, 40 iterations", "optimise", ("recipe/weights/", "recipe/gradient/", 1e-2), {},
      ("recipe/live/", "recipe/average/"), "epsilon is 1e-8, outside the root; what is decayed", ADAMW),
 ]
