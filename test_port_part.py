@@ -198,7 +198,7 @@ def make_golden():
     tied = copy.deepcopy(model)
     torch.nn.init.zeros_(tied.head.weight)
     four = {"u_reveal": u_reveal4, "u_token": u_token4, "order": "confidence", "temperature": 0.5}
-    arrays |= sampled("sample") | sampled("nucleus", temperature=0.7, top_p=0.85)
+    arrays |= sampled("sample") | sampled("nucleus", temperature=0.6, top_p=0.9)
     arrays |= sampled("argmax", temperature=0) | sampled("confidence", **four) | sampled("tied", tied, **four)
     arrays |= sampled("inside", inside["model"], inside_canvas, mask_id=2)
 
@@ -238,7 +238,7 @@ def test_golden_values_have_not_moved():
 
 
 def test_golden_draws_are_no_close_calls():
-    """Logits that are wrong by 0.001 give the golden tokens, so rounding does not decide about a port."""
+    """Logits that are wrong by 0.005 give the golden tokens, so rounding does not decide about a port."""
     g, noise = dict(np.load(golden.GOLDEN)), torch.Generator().manual_seed(0)
     for title, function, inputs, options, expected, *_ in golden.STEPS:
         if function != "sample" or expected[0] == "tied/tokens":  # those confidences are equal on purpose
@@ -250,7 +250,7 @@ def test_golden_draws_are_no_close_calls():
         draws = (u for pair in zip(u_reveal, u_token) for u in pair)
 
         def disturbed(xt, x0_prev, exact=exact):
-            return exact(xt, x0_prev) + 1e-3 * torch.randn(2, 8, 5, generator=noise)
+            return exact(xt, x0_prev) + 5e-3 * torch.randn(2, 8, 5, generator=noise)
 
         steps = len(u_reveal)
         found = sample(disturbed, torch.tensor(canvas), mask_id, steps, generator=replayed(*draws), **options)
@@ -318,7 +318,7 @@ def test_the_kit_says_what_it_could_not_check(capsys):
         "skipped the gradient: there is no function gradient",
         "FAILED  the sampler: there is no function sample",
         "FAILED  the bound: largest difference nan, tolerance 1e-04\n        look here: the same u",
-        "NotImplementedError: later",
+        "FAILED  the bound, frozen: NotImplementedError('later')\n",
         "skipped the bound, mask inside: bound got an unexpected keyword argument 'mask_id'",
         "\n10 of 22 steps failed, 5 skipped\n",
     ):

@@ -239,7 +239,7 @@ UNROLL = {"unroll": 4, "u_k": "unroll/u_passes", "u_T": "unroll/u_calls"}
 FROZEN, INSIDE = {"frozen": "frozen/frozen"}, {"mask_id": "inside/mask_id"}
 DRAWS = ("sample/u_reveal", "sample/u_token")
 FOUR_STEPS = ("sample/canvas", "confidence/u_reveal", "confidence/u_token")
-CONFIDENCE, WARM = {"order": "confidence", "temperature": 0.5}, {"temperature": 0.7, "top_p": 0.85}
+CONFIDENCE, WARM = {"order": "confidence", "temperature": 0.5}, {"temperature": 0.6, "top_p": 0.9}
 
 # Typical mistakes: {what was done: the options with which the function above does it}
 NO_SIGNAL, ALL_GIVEN = {"pass 2 is given no signal": {"rate": 0}}, {"u_given is ignored": {"rate": 1}}
@@ -339,8 +339,11 @@ def difference(found, expected, scale=None):
     return np.max(np.abs(found - expected) / np.maximum(1, np.abs(expected) if scale is None else scale))
 
 
-def attempt(step, port, golden, tolerance):
-    """Run one golden step. Returns its outcome, which is ok, FAILED or skipped, and a remark."""
+def attempt(step, port, golden, tolerance, brief):
+    """Run one golden step. Returns its outcome, which is ok, FAILED or skipped, and a remark.
+
+    brief: leave out the traceback of an error, which is often the same at all later steps.
+    """
     _, name, inputs, options, expected, hint, mistakes = step
     if name not in port:
         return "skipped" if name in OPTIONAL else "FAILED", f"there is no function {name}"
@@ -356,8 +359,8 @@ def attempt(step, port, golden, tolerance):
         if name == "gradient":  # the other arrays are compared if the port returns them
             expected = {key: a for key, a in expected.items() if key in PASS_1_MATTERS or key in found}
         off = difference(found, expected)
-    except Exception:
-        return "FAILED", traceback.format_exc().rstrip() + advice
+    except Exception as error:
+        return "FAILED", (repr(error).splitlines()[0] if brief else traceback.format_exc().rstrip()) + advice
     remark = f"largest difference {off:.0e}, tolerance {limit:.0e}"
     if off <= limit:  # NaN is not
         return "ok", remark
@@ -378,7 +381,7 @@ def check(port, path=GOLDEN, tolerance=TOLERANCE):
         golden[f"tied/weights/{name}"] = 0 * array if name == "head.weight" else array
     failed = skipped = 0
     for step in STEPS:
-        outcome, remark = attempt(step, port, golden, tolerance)
+        outcome, remark = attempt(step, port, golden, tolerance, brief=failed > 0)
         failed, skipped = failed + (outcome == "FAILED"), skipped + (outcome == "skipped")
         print(f"{outcome:8}{step[0]}: {remark}", flush=True)
     if failed:
