@@ -454,7 +454,7 @@ def test_the_numbers_that_porting_gives():
     train, held_out = domain.load()
     assert f"{len(train) + len(held_out):,} characters" in page
     assert f"offset {len(train):,} (N × 9 // 10)" in page
-    assert "`ious drab of`, a line break, `a sleeve-less errand.`" in page
+    assert "`ious drab of`, a line break, and `a sleeve-less errand.`" in page
     assert domain.decode(held_out[:34]) == "ious drab of\na sleeve-less errand."
     x0, mask_id = torch.from_numpy(held_out[:128].astype(np.int64))[None], len(domain.vocab)
     xt = x0.clone()
