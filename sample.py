@@ -14,6 +14,7 @@ import math
 import re
 import shutil
 import sys
+import textwrap
 import time
 import zlib
 from pathlib import Path
@@ -182,9 +183,9 @@ def conclude(domain, steps, bound, score):
     verdicts = []
     for who, name in others.items():
         minus, half = difference(bound[best], bound[name])
-        word = "lower than" if minus < -half else "higher than" if minus > half else "no different from"
-        verdicts.append(f"{word} {who}'s ({minus:+.2f} ± {half:.2f} nats)")
-    print(f"The bound of SCMDM is {' and '.join(verdicts)}, with one seed.")
+        word = "below" if minus < -half else "above" if minus > half else "no different from"
+        verdicts.append(f"{word} that of {who} ({minus:+.2f} ± {half:.2f} nats)")
+    print(textwrap.fill(f"Its bound is {' and '.join(verdicts)}, with one seed.", 100))
 
 
 # --- Show --------------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ What to expect: a ModernBERT of 0.35 million weights had been trained on Shakesp
 1,000 iterations with --lr 5e-4 --steps 32 took 6 minutes on one core. On 512 held-out sequences of 62
 characters SCMDM's bound was 1.12 ± 0.17 nats below the control's, and 1.07 ± 0.16 in a second run, from
 OUT/control. After 120 iterations it was 0.81 ± 0.31 below, on 64 sequences. For an ALBERT of 12 million
-weights, on chemical reactions, that gave 0.27 ± 0.42, which settles nothing. Four times the sequences halve the ±.
+weights, on chemical reactions, that gave 0.27 ± 0.42, which settles nothing. Four times the sequences halve
+the ±.
 
 Models that need care:
 
