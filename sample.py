@@ -175,17 +175,18 @@ def conclude(domain, steps, bound, score):
         return
     control = "rate0" + best[best.index("-seed") :] if "-seed" in best else "rate0"
     others = {"the base": "base"} | ({"the control": control} if control in bound else {})
-    print()
+    words = ""
     if score and domain.quality in score[best]:
         rest = " and ".join(f"{score[name][domain.quality]:.2f} for {who}" for who, name in others.items())
-        print(f"With {steps} sampling steps, {domain.quality} is", end=" ")
-        print(f"{score[best][domain.quality]:.2f} for SCMDM ({label(best)}), {rest} (one seed).")
+        words = f"With {steps} sampling steps, {domain.quality} is {score[best][domain.quality]:.2f} for SCMDM"
+        words += f" ({label(best)}), {rest} (one seed). "
     verdicts = []
     for who, name in others.items():
         minus, half = difference(bound[best], bound[name])
         word = "below" if minus < -half else "above" if minus > half else "no different from"
         verdicts.append(f"{word} that of {who} ({minus:+.2f} ± {half:.2f} nats)")
-    print(textwrap.fill(f"Its bound is {' and '.join(verdicts)}, with one seed.", 100))
+    words += f"The bound of SCMDM is {' and '.join(verdicts)}, with one seed."
+    print("\n" + textwrap.fill(words, 100))
 
 
 # --- Show --------------------------------------------------------------------------------------------------
