@@ -7,6 +7,7 @@ from pathlib import Path
 from data import BadInput
 
 KEY = ("run", "domain", "model", "signal", "file", "seed", "steps", "temperature", "n", "sampler", "orders")
+KEY += ("passes", "t")
 
 
 def number(text):
