@@ -11,7 +11,6 @@ for free.
 
 import argparse
 import math
-import zlib
 from pathlib import Path
 
 import torch
@@ -109,18 +108,20 @@ def claims():
     lines.append(line_of(f"text: {rate}", "37.04 to 23.72", text | halves[0], perplexity, -1, **alone))
     lines.append(line_of(f"molecules: {rate}", "not reported", molecules | halves[1], "valid", 1, **alone))
     for name, title in (("text", "text"), ("sudoku", "Sudoku")):
-        two_pass = rows_of(f"{name}/two_pass.csv")
-        write = nats_and_percent("two-pass bound", two_pass.get("base", []))
+        models = rows_of(f"{name}/two_pass.csv")
+        write = nats_and_percent("two-pass bound", models.get("base", []))
         paper = "perplexity 1.9 to 6.1% lower" if name == "text" else "not reported"
-        lines.append(line_of(f"{title}: lower two-pass bound", paper, two_pass, "two-pass bound", -1, write=write))
+        claim = f"{title}: lower two-pass bound"
+        lines.append(line_of(claim, paper, models, "two-pass bound", -1, write=write))
     write = nats_and_percent("bound", warm(text["base"]))
-    lines.append(line_of("text: lower bound of the sampler as it runs", "not reported", text, "bound", -1,
-                         write=write) | {"predictive entropy": ""})  # fmt: skip
+    claim = "text: lower bound of the sampler as it runs"
+    line = line_of(claim, "not reported", text, "bound", -1, write=write)
+    lines.append(line | {"predictive entropy": ""})
     line = {"claim": "no extra cost while sampling", "the paper": "one call for each step"}
     if cost:
         flops = {model: over_seeds(rows, "flops").mean for model, rows in cost.items()}
-        line |= {"base": "one call", "control": "one call", "verdict": "holds"}
-        line["the paper's recipe"] = f"one call, {100 * (flops['rate1'] / flops['base'] - 1):.1f}% more arithmetic"
+        more = f"one call, {100 * (flops['rate1'] / flops['base'] - 1):.1f}% more arithmetic"
+        line |= {"base": "one call", "control": "one call", "the paper's recipe": more, "verdict": "holds"}
     lines.append({"verdict": "not measured yet"} | line)
     lines.append(line_of("molecules: more are valid", "0.580 ± 0.009 to 0.604 ± 0.013", molecules, "valid", 1))
     lines.append(line_of("images: smaller Fréchet distance", "86.48 to 78.59", images, "Frechet", -1))
@@ -136,15 +137,12 @@ def measure(folder, n, batch_size=64):
     domain, paths, models = open_models(folder, "cpu")
     val, rows = windows(domain.load()[1], domain.length, n), []
     for name, model in models.items():
-        kind, _, seed = name.partition("-seed")
-        crc = f"crc{zlib.crc32(paths[name].read_bytes()):08x}"
-        row = {"domain": domain.name, "model": kind, "file": crc}
+        row = files.row_of(domain, name, paths[name])
         xt = torch.full((1, domain.length), model.mask_id)
         with FlopCounterMode(display=False) as counter:
             model(xt, torch.full((*xt.shape, model.mask_id), 1 / model.mask_id))
-        row |= {"seed": float(seed or 0), "n": float(len(val)), "unit": "nats per token"}
-        rows.append(row | {"flops": float(counter.get_total_flops())})
-        rows[-1]["two-pass bound"] = validate(model, val, batch_size)
+        row |= {"n": float(len(val)), "unit": "nats per token", "flops": float(counter.get_total_flops())}
+        rows.append(row | {"two-pass bound": validate(model, val, batch_size)})
         print(f"{name}: {rows[-1]['two-pass bound']:.4f} nats per token", flush=True)
     return rows
 

@@ -28,7 +28,7 @@ from scmdm import Config, SelfConditioning, Transformer, add_self_conditioning, 
 from train import DEFAULTS, LR_SIGNAL, WEIGHT_DECAY, checksum, fit
 
 FOLDER, TABLE = Path("runs/study/forms"), results.HERE / "results" / "sudoku" / "forms.csv"
-ITERS, UNROLL, SEEDS = 2000, 8, 3
+ITERS, UNROLL = 2000, 8
 
 
 class SoftMask(SelfConditioning):
@@ -102,7 +102,7 @@ def read_form(path):
         arrays = {name: file[name] for name in file.files}
     header = json.loads(arrays.pop("header").tobytes())
     model = with_form(Transformer(Config(**header["config"])), header["info"]["made_from"]["form"])
-    model.load_state_dict({name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items()})
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
     model.info = header["info"]
     return model.eval()
 
@@ -119,8 +119,8 @@ def train_form(form, seed, iters=ITERS, folder=FOLDER):
         domain, model = data.get("sudoku"), with_form(add_self_conditioning(read_model(base)), form).train()
         train, size = domain.load()[0], DEFAULTS["sudoku"]["batch_size"]
         settings = {"data": "sudoku", "content": checksum(train), "length": domain.length, "seed": seed}
-        settings |= {"iters": iters, "batch_size": size, "weight_decay": WEIGHT_DECAY, "dtype": "float32", "rate": 1.0}
-        settings |= {"unroll": UNROLL, "form": form, "base": zlib.crc32(base.read_bytes())}
+        settings |= {"iters": iters, "batch_size": size, "weight_decay": WEIGHT_DECAY, "dtype": "float32"}
+        settings |= {"rate": 1.0, "unroll": UNROLL, "form": form, "base": zlib.crc32(base.read_bytes())}
 
         def loss_of(denoiser, x0, generator):
             return diffusion_loss(denoiser, x0, model.mask_id, unroll=UNROLL, generator=generator)
@@ -147,7 +147,7 @@ def measure_form(form, folder=FOLDER, n=256, steps=(36, 144)):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--seeds", type=number(int, 1), default=SEEDS, help=f"trainings of each (default: {SEEDS})")
+    p.add_argument("--seeds", type=number(int, 1), default=3, help="trainings of each form (default: 3)")
     p.add_argument("--show", action="store_true", help="only print the table")
     args = p.parse_args()
     if not args.show:

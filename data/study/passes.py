@@ -10,7 +10,6 @@ that is right says how good their most likely tokens are, and the predictive ent
 """
 
 import argparse
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +81,7 @@ def draw(rows, path):
             group = [row for row in rows if row["model"] == model]
             xs = sorted({row["passes"] for row in group})
             points = [over_seeds([row for row in group if row["passes"] == x], metric) for x in xs]
-            mean, half = (scale * np.array([getattr(p, key) or 0 for p in points]) for key in ("mean", "half"))
+            mean, half = scale * np.array([(point.mean, point.half or 0) for point in points]).T
             colour = colours.get(model, "tab:orange")
             axes.plot(xs, mean, color=colour, marker=".", label=results.words(model))
             axes.fill_between(xs, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
@@ -91,6 +90,7 @@ def draw(rows, path):
         axes.set_xticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
         axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylim(bottom=0)
     figure.axes[1].set_ylim(50, 100)
     lines = figure.axes[0].get_legend_handles_labels()
     figure.legend(*lines, loc="outside upper center", ncols=4, frameon=False)
@@ -119,10 +119,7 @@ def main():
         progress = Progress("passes: model", len(names))
         for done, name in enumerate(names):
             values = measure_passes(models[name], held, args.t, args.passes, mask_id)
-            model, _, seed = name.partition("-seed")
-            crc = f"crc{zlib.crc32(paths[name].read_bytes()):08x}"
-            row = {"domain": domain.name, "model": model, "file": crc}
-            row |= {"seed": float(seed or 0), "t": args.t, "n": float(len(held))}
+            row = files.row_of(domain, name, paths[name]) | {"t": args.t, "n": float(len(held))}
             at = [{metric: values[metric][i] for metric in METRICS} for i in range(args.passes)]
             files.add(path, [row | {"passes": float(i + 1)} | at[i] for i in range(args.passes)])
             progress.update(done + 1, name)

@@ -9,7 +9,6 @@ for it, so that the share of masked tokens follows the schedule as before.
 """
 
 import argparse
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -118,14 +117,13 @@ def main():
         known = {files.key_of(row) for row in files.read(path)} if path.exists() else set()
         todo = []
         for name in models:
-            model, _, seed = name.partition("-seed")
+            model, _, own = name.partition("-seed")
             several = any(other.startswith(f"{model}-seed") for other in models)
-            seeds = [int(seed or 0)] if several else range(args.seeds)
-            todo += [(name, model, j, k, eta) for j in seeds for k in args.steps for eta in (0, args.eta)]
+            seeds = [int(own or 0)] if several else range(args.seeds)
+            todo += [(name, j, k, eta) for j in seeds for k in args.steps for eta in (0, args.eta)]
         progress = Progress("remask: row", len(todo))
-        for done, (name, model, seed, steps, eta) in enumerate(todo):
-            crc = f"crc{zlib.crc32(paths[name].read_bytes()):08x}"
-            row = {"domain": domain.name, "model": model, "file": crc}
+        for done, (name, seed, steps, eta) in enumerate(todo):
+            row = files.row_of(domain, name, paths[name])
             row |= {"seed": float(seed), "steps": float(steps), "n": float(args.n)}
             row |= {"sampler": f"remask={eta:g}"} if eta else {}
             if files.key_of(row) not in known:

@@ -684,10 +684,13 @@ def test_repeated_passes_at_one_state(call, tmp_path):
         for n in range(3):
             at = [(n, j) for j in range(4) if xt[n, j] == 3]
             by_hand = [(-p[i][x0[i]].log(), p[i].argmax() == x0[i], -(p[i] * p[i].log()).sum()) for i in at]
-            assert sums[k, n].tolist() == pytest.approx([float(sum(column)) for column in zip(*by_hand)], abs=1e-4)
+            by_hand = [float(sum(column)) for column in zip(*by_hand)]
+            assert sums[k, n].tolist() == pytest.approx(by_hand, abs=1e-4)
     values = passes.measure_passes(world.denoiser, world.draw(4000, 3).numpy(), 0.5, 3, 3)
     nats, _, entropy = (values[metric] for metric in passes.METRICS)
     assert nats[0] == nats[2] and nats[0] == pytest.approx(entropy[0], abs=0.02), "calibrated, as it is exact"
+    flat = passes.measure_passes(lambda xt, x0_prev: torch.zeros(*xt.shape, 3), world.X.numpy(), 0.5, 1, 3)
+    assert flat["nats per masked token"] == [pytest.approx(math.log(3))], "a mean over masked tokens"
     models_of_own_data(tmp_path)
     out = call(passes, tmp_path, "-n", 4, "--passes", 3, "--model", "base", "rate1", "--t", 1)
     assert re.search(r"^the paper's recipe +\| 2 +\| \S+ ± \S+ +\| \S+ ± \S+ +\| ", out, re.M)
@@ -793,7 +796,8 @@ def test_forms_are_their_formulas():
     E, signal = model.embed.weight, torch.tensor([[[0.2, 0.8, 0, 0, 0]] * 3])
     soft = forms.SoftMask(model)
     soft.W.data.fill_(0.3)
-    assert torch.allclose(E[5] + soft(xt, signal)[0, 0], 0.7 * E[5] + 0.3 * (0.2 * E[0] + 0.8 * E[1]), atol=1e-6)
+    mixed = 0.7 * E[5] + 0.3 * (0.2 * E[0] + 0.8 * E[1])
+    assert torch.allclose(E[5] + soft(xt, signal)[0, 0], mixed, atol=1e-6)
     logs = forms.LogProbs(model)
     logs.W.data = torch.eye(16)
     logp = torch.tensor([math.log(0.2), math.log(0.8), *[math.log(1e-4)] * 3])
