@@ -74,10 +74,20 @@ def measure_remasking(denoiser, domain, reference, steps, eta, seed, n, batch_si
     return values | ({} if eta else {"predictive entropy": sum(entropies).item() / n})
 
 
-def table(rows, quality):
+def with_seeds(names, seeds):
+    """Return (name, sampling seed) pairs: a training's own seed, or several for a model trained once."""
+    pairs = []
+    for name in names:
+        model, _, own = name.partition("-seed")
+        several = any(other.startswith(f"{model}-seed") for other in names)
+        pairs += [(name, j) for j in ([int(own or 0)] if several else range(seeds))]
+    return pairs
+
+
+def table(rows, quality, what="remasking"):
     """Return the table of each model's quality without and with remasking, and its difference from the base.
 
-    The base exists once, so its two numbers are means over sampling seeds, without an interval.
+    Rows with it have a "sampler". The base exists once, so its two numbers are means over sampling seeds, without an interval.
     """
     found, lines = {}, []
     for row in sorted(rows, key=lambda row: (row["steps"], results.place(row["model"]))):
@@ -90,11 +100,12 @@ def table(rows, quality):
         for key, name in ((False, "without"), (True, "with")):
             line[f"{quality}, {name}"] = over_seeds(of_model[key], quality).text()
         change = difference(of_model[True], of_model[False], quality)
-        line["remasking adds"] = f"{change.text('+')}, {change.verdict()}"
+        line[f"{what} adds"] = f"{change.text('+')}, {change.verdict()}"
         if model != "base":
             minus = difference(of_model[True], found["base", steps][True], quality)
             line["with, minus base with"] = f"{minus.text('+')}, {minus.verdict()}"
-        line["entropy, without"] = over_seeds(of_model[False], "predictive entropy").text()
+        if entropy := over_seeds(of_model[False], "predictive entropy"):
+            line["entropy, without"] = entropy.text()
         lines.append(line)
     return lines
 
@@ -116,12 +127,8 @@ def main():
         out.mkdir(parents=True, exist_ok=True)
         path, reference = out / "remask.csv", held_out(domain)[0]
         known = {files.key_of(row) for row in files.read(path)} if path.exists() else set()
-        todo = []
-        for name in models:
-            model, _, own = name.partition("-seed")
-            several = any(other.startswith(f"{model}-seed") for other in models)
-            seeds = [int(own or 0)] if several else range(args.seeds)
-            todo += [(name, j, k, eta) for j in seeds for k in args.steps for eta in (0, args.eta)]
+        seeded = with_seeds(models, args.seeds)
+        todo = [(*pair, k, eta) for pair in seeded for k in args.steps for eta in (0, args.eta)]
         progress = Progress("remask: row", len(todo))
         for done, (name, seed, steps, eta) in enumerate(todo):
             row = files.row_of(domain, name, paths[name])
