@@ -35,6 +35,7 @@ def main():
     a, count = p.add_argument, number(int, 1)
     a("source", type=Path, help="a folder of Sudoku models to measure, or a file of results to print")
     a("--steps", type=count, nargs="+", default=[36, 144], help="sampling steps (default: 36 144)")
+    a("--seeds", type=count, default=3, help="sampling seeds of a model trained once (default: 3)")
     a("-n", type=count, default=256, help="grids for each seed (default: 256)")
     args = p.parse_args()
     path = args.source
@@ -43,17 +44,20 @@ def main():
         path = folder_for_results(args.source, domain.name) / "prompts.csv"
         bench = Bench(domain, "cpu", args.n)
         path.parent.mkdir(parents=True, exist_ok=True)
-        todo = [(*pair, k) for pair in with_seeds(models, 1) for k in args.steps]
+        known = {files.key_of(row) for row in files.read(path)} if path.exists() else set()
+        todo = [(*pair, k) for pair in with_seeds(models, args.seeds) for k in args.steps]
         progress = Progress("prompts: row", len(todo))
         for done, (name, seed, steps) in enumerate(todo):
             shown = np.random.default_rng(seed).random((args.n, domain.length)) < GIVEN[domain.name]
             canvas = torch.from_numpy(np.where(shown, bench.sequences(seed), bench.mask_id))
-            row = files.row_of(domain, name, paths[name]) | {"steps": float(steps), "n": float(args.n)}
+            row = files.row_of(domain, name, paths[name])
+            row |= {"seed": float(seed), "steps": float(steps), "n": float(args.n)}
             warm = warmed(models[name], bench.mask_id)
             for denoiser, cells in ((models[name], {}), (warm, {"sampler": "warm-up"})):
-                x, _, _ = fill(denoiser, canvas, bench.mask_id, steps, seed)
-                completed = domain.score(x.numpy(), bench.reference)[domain.quality]
-                files.add(path, [row | cells | {"completed": completed}])
+                if files.key_of(row | cells) not in known:
+                    x, _, _ = fill(denoiser, canvas, bench.mask_id, steps, seed)
+                    completed = domain.score(x.numpy(), bench.reference)[domain.quality]
+                    files.add(path, [row | cells | {"completed": completed}])
             progress.update(done + 1, f"{name}, {steps} steps")
     print("Completed grids without and with a warm-up call; ± is a 95% interval over training seeds.")
     print_table(table(files.read(path), "completed", "a warm-up call"))

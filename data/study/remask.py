@@ -87,7 +87,8 @@ def with_seeds(names, seeds):
 def table(rows, quality, what="remasking"):
     """Return the table of each model's quality without and with remasking, and its difference from the base.
 
-    Rows with it have a "sampler". The base exists once, so its two numbers are means over sampling seeds, without an interval.
+    Rows with it have a "sampler". The base exists once, so its two numbers are means over sampling seeds,
+    without an interval.
     """
     found, lines = {}, []
     for row in sorted(rows, key=lambda row: (row["steps"], results.place(row["model"]))):

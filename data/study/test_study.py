@@ -7,7 +7,7 @@
     3. the bench    what is the same for every model that is measured
     4. likelihood, variants, scoring model, runs
     5. the write-up what README.md shows is what the files say
-    6. evidence     repeated passes, remasking, forms of the injection, the paper's claims
+    6. evidence     repeated passes, remasking, prompts, forms of the injection, the paper's claims
 """
 
 import functools
@@ -32,8 +32,8 @@ import data
 import sample as sample_py
 import train as train_py
 from data import terminal
-from data.study import bench, claims, files, forms, likelihood, metrics, passes, pictures, remask, results
-from data.study import runs, scoring, variants
+from data.study import bench, claims, files, forms, likelihood, metrics, passes, pictures, prompts, remask
+from data.study import results, runs, scoring, variants
 from scmdm import COSINE, LINEAR, Config, SelfConditioning, Transformer, add_self_conditioning, diffusion_loss
 from scmdm import earlier_times, make_signal, sample, sampler_bound, save
 from test_scmdm import World, assert_fits, count
@@ -767,6 +767,24 @@ def test_remasking_of_a_folder(call, tmp_path):
     assert sum("predictive entropy" in r for r in rows) == len(rows) / 2
     assert mine[0]["predictive entropy"] == pytest.approx(36 * entropy, rel=1e-6)
     assert re.search(r"^the paper's recipe +\| 3 +\| 2 +\| .* ± ", out, re.M)
+
+
+def test_a_warm_up_call_comes_before_the_first_step(call, tmp_path):
+    """The first step is given the prediction of a call that sees the same canvas. Later ones are as before."""
+    spy, canvas = Spy(tiny(adapted=True)), torch.tensor([[0, 5, 5, 3, 5, 5]] * 4)
+    sample(prompts.warmed(spy, 5), canvas, 5, 3, generator=rng(0))
+    assert len(spy.xt) == 4 and torch.equal(spy.xt[0], canvas) and torch.equal(spy.xt[1], canvas)
+    for i in range(3):
+        assert torch.equal(spy.x0_prev[i + 1], spy.denoiser(spy.xt[i], spy.x0_prev[i]).softmax(-1))
+    for name in ("base", "rate1"):
+        shutil.copy(sample_py.SHIPPED / "sudoku" / f"{name}.npz", tmp_path)
+    out = call(prompts, tmp_path, "--steps", 12, "-n", 16, "--seeds", 1)
+    completed = {(r["model"], "sampler" in r): r["completed"] for r in files.read(tmp_path / "prompts.csv")}
+    assert len(completed) == 4 and completed["base", False] == completed["base", True]
+    found = bench.Bench(data.get("sudoku"), "cpu", 16)
+    _, _, models = bench.open_models(tmp_path, "cpu")
+    assert completed["rate1", False] == found.samples(models["rate1"], 12, 1, 0)["completed"] > 0
+    assert out == call(prompts, tmp_path / "prompts.csv")
 
 
 def test_forms_start_as_the_base_and_learn():
