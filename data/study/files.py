@@ -2,11 +2,13 @@
 
 import csv
 import os
+import zlib
 from pathlib import Path
 
 from data import BadInput
 
 KEY = ("run", "domain", "model", "signal", "file", "seed", "steps", "temperature", "n", "sampler", "orders")
+KEY += ("passes", "t")
 
 
 def number(text):
@@ -29,6 +31,13 @@ def read(path):
 def key_of(row):
     """Return what tells a row from all others; two rows with the same key measured the same thing."""
     return tuple(row.get(column, "") for column in KEY)
+
+
+def row_of(domain, name, path):
+    """Return the cells that say which model a row is about: name is that of its file, with its seed."""
+    model, _, seed = name.partition("-seed")
+    crc = f"crc{zlib.crc32(Path(path).read_bytes()):08x}"
+    return {"domain": domain.name, "model": model, "file": crc, "seed": float(seed or 0)}
 
 
 def add(path, rows):

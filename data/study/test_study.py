@@ -7,9 +7,11 @@
     3. the bench    what is the same for every model that is measured
     4. likelihood, variants, scoring model, runs
     5. the write-up what README.md shows is what the files say
+    6. evidence     repeated passes, remasking, prompts, forms of the injection, the paper's claims
 """
 
 import functools
+import importlib
 import itertools
 import json
 import math
@@ -30,9 +32,11 @@ import data
 import sample as sample_py
 import train as train_py
 from data import terminal
-from data.study import bench, files, likelihood, metrics, pictures, results, runs, scoring, variants
-from scmdm import Config, SelfConditioning, Transformer, add_self_conditioning, diffusion_loss, earlier_times
-from scmdm import make_signal, sample, save
+from data.study import bench, claims, files, forms, likelihood, metrics, passes, pictures, prompts, remask
+from data.study import results, runs, scoring, variants
+from scmdm import COSINE, LINEAR, Config, SelfConditioning, Transformer, add_self_conditioning, diffusion_loss
+from scmdm import earlier_times, make_signal, sample, sampler_bound, save
+from test_scmdm import World, assert_fits, count
 
 HERE = Path(__file__).parent
 TOP = HERE.parent.parent
@@ -665,7 +669,7 @@ def test_readme_shows_what_the_files_say(call):
     for command, table in re.findall(r"<!-- python -m (.*?) -->\n\n((?:\|.*\n)+)", text):
         module, *words = command.split()
         if command not in printed:
-            script = {"data.study.results": results, "data.study.runs": runs}[module]
+            script = importlib.import_module(module)
             words = [TOP / word if word.endswith(".csv") else word for word in words]
             printed[command] = [line for line in call(script, *words).splitlines() if " | " in line]
         for line in table.splitlines():
@@ -674,3 +678,213 @@ def test_readme_shows_what_the_files_say(call):
                 assert found, f"{command} does not print {line}"
                 checked += 1
     assert checked > 200
+
+
+# --- 6. Evidence: repeated passes, remasking, forms, claims ------------------------------------------------
+
+
+def test_repeated_passes_at_one_state(call, tmp_path):
+    """Every pass sees the same state and the prediction of the pass before it. The sums are over masked
+    tokens only. The exact denoiser, which needs no signal, gives the same in every pass."""
+    world = World(3, 4, 0)
+    spy, x0 = Spy(tiny(3, 4, adapted=True)), world.draw(50, 1)
+    xt = torch.where(torch.rand(50, 4, generator=rng(2)) < 0.6, 3, x0)
+    xt[:, 0] = 3
+    sums = passes.repeat(spy, x0, xt, 3, 3)
+    assert all(torch.equal(seen, xt) for seen in spy.xt) and spy.x0_prev[0] is None
+    for k in range(3):
+        p = spy.denoiser(xt, spy.x0_prev[k]).softmax(-1).detach()
+        assert k == 2 or torch.equal(spy.x0_prev[k + 1], p)
+        for n in range(3):
+            at = [(n, j) for j in range(4) if xt[n, j] == 3]
+            by_hand = [(-p[i][x0[i]].log(), p[i].argmax() == x0[i], -(p[i] * p[i].log()).sum()) for i in at]
+            by_hand = [float(sum(column)) for column in zip(*by_hand)]
+            assert sums[k, n].tolist() == pytest.approx(by_hand, abs=1e-4)
+    values = passes.measure_passes(world.denoiser, world.draw(4000, 3).numpy(), 0.5, 3, 3)
+    nats, _, entropy = (values[metric] for metric in passes.METRICS)
+    assert nats[0] == nats[2] and nats[0] == pytest.approx(entropy[0], abs=0.02), "calibrated, as it is exact"
+    flat = passes.measure_passes(lambda xt, x0_prev: torch.zeros(*xt.shape, 3), world.X.numpy(), 0.5, 1, 3)
+    assert flat["nats per masked token"] == [pytest.approx(math.log(3))], "a mean over masked tokens"
+    models_of_own_data(tmp_path)
+    out = call(passes, tmp_path, "-n", 4, "--passes", 3, "--model", "base", "rate1", "--t", 1)
+    assert re.search(r"^the paper's recipe +\| 2 +\| \S+ ± \S+ +\| \S+ ± \S+ +\| ", out, re.M)
+    assert out == call(passes, tmp_path / "passes.csv") and len(files.read(tmp_path / "passes.csv")) == 9
+
+
+def test_remasking_none_is_the_sampler():
+    """With eta = 0 the tokens are those of `sample`. With any eta the signal is carried and known tokens
+    stay."""
+    for steps, schedule in itertools.product((1, 5), (LINEAR, COSINE)):
+        spy, canvas = Spy(tiny(adapted=True)), torch.full((40, 6), 5)
+        canvas[:, 2] = torch.arange(40) % 5
+        plain = sample(spy.denoiser, canvas, 5, steps, schedule=schedule, generator=rng(1))
+        same = remask.remask_sample(spy, canvas, 5, steps, eta=0, schedule=schedule, generator=rng(1))
+        assert torch.equal(plain, same)
+        spy.xt, spy.x0_prev = [], []
+        x = remask.remask_sample(spy, canvas, 5, steps, eta=0.5, schedule=schedule, generator=rng(1))
+        assert torch.equal(x[:, 2], canvas[:, 2]) and (x < 5).all() and len(spy.xt) == steps
+        for i in range(1, steps):
+            assert torch.equal(spy.x0_prev[i], spy.denoiser(spy.xt[i - 1], spy.x0_prev[i - 1]).softmax(-1))
+
+
+@pytest.mark.parametrize("eta", [0.1, 0.6, 1.0])
+@pytest.mark.parametrize("schedule", [LINEAR, COSINE])
+def test_remasking_is_its_chain(eta, schedule):
+    """What comes out fits the distribution that the chain over all states gives, and at every step the share
+    of masked tokens is the schedule's, though tokens are taken back."""
+    world, steps = World(2, 3, 0), 4
+    states = torch.tensor(list(itertools.product(range(3), repeat=3)))  # [27, 3]; 2 is the mask
+    p, shares = (states == 2).all(1).double(), []
+    for step in range(steps):
+        a_t, a_s = (schedule.alpha(torch.tensor(1 - k / steps)).item() for k in (step, step + 1))
+        sigma = min(eta, (1 - a_s) / a_t) if step else 0
+        table = world.denoiser(states).exp()  # [27, 3, 2]
+        step_to = torch.ones(27, 27, dtype=torch.float64)
+        for i in range(3):
+            for a, b in itertools.product(range(27), repeat=2):
+                before, after = states[a, i].item(), states[b, i].item()
+                left = (1 - a_s - a_t * sigma) / (1 - a_t)  # of the masks
+                if before == 2:
+                    step_to[a, b] *= left if after == 2 else (1 - left) * table[a, i, after].item()
+                else:
+                    step_to[a, b] *= sigma if after == 2 else (1 - sigma) * (before == after)
+        p = p @ step_to
+        shares.append((p[:, None] * (states == 2)).sum().item() / 3)
+        assert shares[-1] == pytest.approx(1 - a_s, abs=1e-6)
+    seen, taken_back, n = [], [], 20_000
+
+    def watch(step, x, x0_prev, chosen):
+        seen.append((x == 2).double().mean().item())
+        taken_back.append(step > 0 and bool(((before[-1] != 2) & (x == 2)).any()))
+        before.append(x)
+
+    before, canvas = [], torch.full((n, 3), 2)
+    x = remask.remask_sample(world.denoiser, canvas, 2, steps, eta=eta, schedule=schedule, generator=rng(0),
+                             on_step=watch)  # fmt: skip
+    assert np.allclose(seen, shares, atol=5 * (0.25 / (3 * n)) ** 0.5) and any(taken_back)
+    full = (states < 2).all(1)
+    assert_fits(count(x, 2), p[full])
+
+
+def test_remasking_of_a_folder(call, tmp_path):
+    """The command measures every model without and with remasking, each training with its own seed, and
+    prints paired differences. Predictive entropy is that of the bench, and left out with remasking."""
+    for name in ("base", "rate1", "rate1-seed1"):
+        shutil.copy(sample_py.SHIPPED / "sudoku" / f"{name}.npz", tmp_path)
+    out = call(remask, tmp_path, "--steps", 3, "-n", 8, "--seeds", 2)
+    rows = files.read(tmp_path / "remask.csv")
+    assert len(rows) == 2 * (2 + 2) and out == call(remask, tmp_path / "remask.csv")
+    assert out == call(remask, tmp_path, "--steps", 3, "-n", 8, "--seeds", 2), "measured once"
+    domain, _, models = bench.open_models(tmp_path, "cpu")
+    _, entropy, _ = bench.fill(models["base"], torch.full((8, 36), 6), 6, 3, 1)
+    mine = [r for r in rows if r["model"] == "base" and r["seed"] == 1 and "sampler" not in r]
+    assert sum("predictive entropy" in r for r in rows) == len(rows) / 2
+    assert mine[0]["predictive entropy"] == pytest.approx(36 * entropy, rel=1e-6)
+    assert re.search(r"^the paper's recipe +\| 3 +\| 2 +\| .* ± ", out, re.M)
+
+
+def test_a_warm_up_call_comes_before_the_first_step(call, tmp_path):
+    """The first step is given the prediction of a call that sees the same canvas. Later ones are as before."""
+    spy, canvas = Spy(tiny(adapted=True)), torch.tensor([[0, 5, 5, 3, 5, 5]] * 4)
+    sample(prompts.warmed(spy, 5), canvas, 5, 3, generator=rng(0))
+    assert len(spy.xt) == 4 and torch.equal(spy.xt[0], canvas) and torch.equal(spy.xt[1], canvas)
+    for i in range(3):
+        assert torch.equal(spy.x0_prev[i + 1], spy.denoiser(spy.xt[i], spy.x0_prev[i]).softmax(-1))
+    for name in ("base", "rate1"):
+        shutil.copy(sample_py.SHIPPED / "sudoku" / f"{name}.npz", tmp_path)
+    out = call(prompts, tmp_path, "--steps", 12, "-n", 16, "--seeds", 1)
+    completed = {(r["model"], "sampler" in r): r["completed"] for r in files.read(tmp_path / "prompts.csv")}
+    assert len(completed) == 4 and completed["base", False] == completed["base", True]
+    found = bench.Bench(data.get("sudoku"), "cpu", 16)
+    _, _, models = bench.open_models(tmp_path, "cpu")
+    assert completed["rate1", False] == found.samples(models["rate1"], 12, 1, 0)["completed"] > 0
+    assert out == call(prompts, tmp_path / "prompts.csv")
+
+
+def test_forms_start_as_the_base_and_learn():
+    """A form is exactly the base until it is trained, adds exactly nothing without a signal and at visible
+    positions, and all that is new in it gets a gradient at once."""
+    base, x0 = tiny(length=12), torch.randint(5, (8, 12), generator=rng(0))
+    xt = torch.where(torch.rand(8, 12, generator=rng(1)) < 0.5, 5, x0)
+    signal = torch.rand(8, 12, 5, generator=rng(2)).softmax(-1)
+    for form in forms.FORMS:
+        model = forms.with_form(add_self_conditioning(base), form)
+        with torch.no_grad():
+            assert torch.equal(model(xt), base(xt)) and torch.equal(model(xt, signal), base(xt))
+        diffusion_loss(model, x0, 5, unroll=4, generator=rng(3)).sum().backward()
+        new = dict(model.self_conditioning.named_parameters())
+        assert all(p.grad.any() for p in new.values()), form
+        with torch.no_grad():
+            for p in new.values():
+                p.add_(0.3)
+            added = model.self_conditioning(xt, signal)
+            assert torch.equal(added.any(-1), xt == 5), form
+            assert not model.self_conditioning(xt, torch.zeros_like(signal)).any(), form
+
+
+def test_forms_are_their_formulas():
+    """The soft mask mixes the mask's embedding with the expected one. Log-probabilities are centred. The
+    hidden state is what the head saw in the call before."""
+    model, xt = tiny(), torch.tensor([[5, 5, 1]])
+    E, signal = model.embed.weight, torch.tensor([[[0.2, 0.8, 0, 0, 0]] * 3])
+    soft = forms.SoftMask(model)
+    soft.W.data.fill_(0.3)
+    mixed = 0.7 * E[5] + 0.3 * (0.2 * E[0] + 0.8 * E[1])
+    assert torch.allclose(E[5] + soft(xt, signal)[0, 0], mixed, atol=1e-6)
+    logs = forms.LogProbs(model)
+    logs.W.data = torch.eye(16)
+    logp = torch.tensor([math.log(0.2), math.log(0.8), *[math.log(1e-4)] * 3])
+    assert torch.allclose(logs(xt, signal)[0, 1], (logp - logp.mean()) @ E[:5], atol=1e-4)
+    model = forms.with_form(add_self_conditioning(tiny()), "prediction and hidden state")
+    model.self_conditioning.U.data.normal_(0, 0.5)
+    seen = []
+    model.norm.register_forward_hook(lambda norm, args, h: seen.append(h))
+    with torch.no_grad():
+        model(torch.tensor([[0, 5, 5]]))
+        added = model.self_conditioning(xt, signal)
+    assert torch.allclose(added[0, :2], (seen[0] @ model.self_conditioning.U.T)[0, :2], atol=1e-6)
+
+
+def test_a_form_is_trained_read_and_measured(tmp_path):
+    """The file of a trained form gives the model back, with the parameters that only the form has."""
+    path = forms.train_form("prediction and hidden state", 1, 2, tmp_path)
+    before = path.stat().st_mtime_ns
+    again = forms.train_form("prediction and hidden state", 1, 2, tmp_path)
+    assert again.stat().st_mtime_ns == before, "a finished file is kept"
+    model = forms.read_form(path)
+    assert model.self_conditioning.U.any() and model.self_conditioning.W.any() and not model.training
+    rows = forms.measure_form("prediction and hidden state", tmp_path, 2, [2])
+    ours = [r for r in rows if r["model"] == "rate1-unroll8" and r["seed"] == 1]
+    held = torch.from_numpy(bench.Bench(data.get("sudoku"), "cpu", 2).sequences(1))
+    assert ours[0]["bound"] == pytest.approx(sampler_bound(model, held, 6, 2, generator=rng(1)).mean().item())
+
+
+def test_verdicts():
+    """A claim holds if it is clear of both intervals, and does not hold if one difference has the wrong
+    sign. In between, and with one seed, it is not settled."""
+    clear, within, wrong = (metrics.Estimate(mean, 0.6, 3) for mean in (-0.7, -0.5, 0.7))
+    assert claims.verdict([clear, clear], -1) == "holds" and claims.verdict([wrong], 1) == "holds"
+    assert claims.verdict([clear, within], -1) == "not settled"
+    assert claims.verdict([clear, wrong], -1) == "does not hold" == claims.verdict([clear], 1)
+    one = metrics.Estimate(-5.0, None, 1)
+    assert claims.verdict([one, clear], -1) == "not settled (one seed)"
+    assert claims.verdict([one], 1) == "does not hold (one seed)"
+    line = claims.line_of("valid grids", "", {"base": BASE, "rate0": CONTROL, "rate1": OURS}, "valid", 1)
+    assert line["base"] == "0.200 ± 1.271" or line["base"] == "0.200", line
+    assert line["the paper's recipe"] == "0.700 ± 2.541" and line["verdict"] == "not settled"
+    assert claims.line_of("x", "", {"base": BASE}, "valid", 1)["verdict"] == "not measured yet"
+    write = claims.nats_and_percent("bound", BASE)  # 1 nat less is 63.2% less perplexity
+    assert write([OURS[0] | {"bound": 19.0}]) == "19.0000 (-63.2%)" and write(BASE) == "21.0000"
+
+
+def test_the_two_pass_bound_of_a_folder(call, tmp_path):
+    """The command measures what train.py calls validation, and the arithmetic of a call with its signal."""
+    domain = models_of_own_data(tmp_path)
+    call(claims, "--measure", tmp_path, "-n", 8, "--out", tmp_path / "two_pass.csv")
+    rows = {(r["model"], r["seed"]): r for r in files.read(tmp_path / "two_pass.csv")}
+    _, _, models = bench.open_models(tmp_path, "cpu")
+    val = data.windows(domain.load()[1], 24, 8)
+    assert rows["rate1", 1]["two-pass bound"] == train_py.validate(models["rate1-seed1"], val, 64)
+    V, D, L = len(domain.vocab), 16, 24
+    more = rows["rate1", 0]["flops"] - rows["base", 0]["flops"]
+    assert more == 2 * L * D * (V + D) and rows["rate0", 0]["flops"] == rows["base", 0]["flops"]
