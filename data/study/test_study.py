@@ -784,7 +784,7 @@ def test_remasking_of_a_folder(call, tmp_path):
 
 
 def test_a_warm_up_call_comes_before_the_first_step(call, tmp_path):
-    """The first step is given the prediction of a call that sees the same canvas. Later ones are as before."""
+    """The first step is given the prediction of a call at the same canvas. Later calls are as ever."""
     spy, canvas = Spy(tiny(adapted=True)), torch.tensor([[0, 5, 5, 3, 5, 5]] * 4)
     sample(prompts.warmed(spy, 5), canvas, 5, 3, generator=rng(0))
     assert len(spy.xt) == 4 and torch.equal(spy.xt[0], canvas) and torch.equal(spy.xt[1], canvas)
