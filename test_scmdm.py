@@ -1802,6 +1802,20 @@ def test_nothing_finished_is_destroyed(own, call, tmp_path):
     assert "adapted from another base" in call(sample_py, "--models", tmp_path, status=2)
 
 
+def test_a_model_file_holds_the_average(own, tmp_path):
+    """What a training writes is the moving average of its weights in float16, not the last weights."""
+    file, domain = load(own / "base.npz"), data.get(str(own / "novel.txt"), length=24)
+
+    def loss_of(model, x0, generator):
+        return diffusion_loss(model, x0, file.mask_id, self_cond_rate=0.0, generator=generator)
+
+    torch.manual_seed(0)
+    model, settings = Transformer(file.config), file.info["made_from"]
+    state = tmp_path / "x.state"
+    average = train_py.fit(model, loss_of, domain.load()[0], state, settings, file.info["lr"])
+    assert same_weights(file, average.half().float()) and not same_weights(file, model.half().float())
+
+
 def test_a_second_run_in_a_folder_stops(own, call, tmp_path):
     """A run leaves its state as soon as it begins, and a second one in that folder stops before training."""
     shutil.copy(own / "base.npz", tmp_path)
