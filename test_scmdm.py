@@ -1730,6 +1730,8 @@ def test_own_text_end_to_end(own, call, tmp_path):
     """One's own text is trained on, adapted at every rate, sampled, infilled, filmed, saved and compared."""
     ways = {"rate0", "rate0.5", "rate0.5-unroll3", "rate1", "rate1-unroll3"}
     assert {f.name for f in own.iterdir()} == {"novel.txt", "base.npz"} | {f"{way}.npz" for way in ways}
+    adapted = {way: load(own / f"{way}.npz").config.self_conditioning for way in ways}
+    assert adapted == {way: way != "rate0" for way in ways}, "the control has no adapter"
     use = functools.partial(call, sample_py, "--models", own, "--steps", 4)
     film, samples = tmp_path / "x.svg", tmp_path / "x.jsonl"
     out = use("--prompt", r"fox ____ dog\_", "-n", 3, "--batch-size", 2, "--save", samples, "--film", film)
