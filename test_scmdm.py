@@ -1762,6 +1762,15 @@ def test_the_comparison_is_fair(own):
     assert not np.allclose(values[0], sample_py.bounds(spies[0], x0, 3, 6, seed=8))
 
 
+def test_generate_is_seeded_and_batched():
+    """The same seed and batch size give the same samples, and no batch is larger than was asked for."""
+    spy, canvas = Spy(toy(3)), torch.full((5, 6), 3)
+    x = sample_py.generate(spy, canvas, 3, 2, seed=1, batch_size=2)
+    assert [len(xt) for xt in spy.xt] == [2, 2, 2, 2, 1, 1]
+    assert torch.equal(x, sample_py.generate(toy(3), canvas, 3, 2, seed=1, batch_size=2))
+    assert not torch.equal(x, sample_py.generate(toy(3), canvas, 3, 2, seed=2, batch_size=2))
+
+
 def test_a_difference_and_its_interval():
     """A difference is a paired mean, with 1.96 standard errors as half of its 95% interval."""
     mean, half = sample_py.difference(np.array([3.0, 5.0, 7.0, 9.0]), np.array([2.0, 3.0, 6.0, 7.0]))
