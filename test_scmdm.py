@@ -1462,6 +1462,9 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path):
     with full_disk(), pytest.raises(OSError):
         save(path, tiny(seed=2))
     assert path.read_bytes() == before and [f.name for f in tmp_path.iterdir()] == ["m.npz"]
+    with path.open("rb") as reader:
+        save(path, tiny(seed=2))
+        assert reader.read() == before, "it was written in place, where a crash would leave half of it"
 
 
 def save_often(path, seed):
