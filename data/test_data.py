@@ -505,7 +505,7 @@ def test_the_numbers_that_porting_gives():
     base, adapted = (load(HERE / "data" / "models" / "text" / f"{name}.npz") for name in ("base", "rate1"))
     with torch.no_grad():
         logits = [base(xt), adapted(xt), adapted(xt, adapted(xt).softmax(-1))]
-    under = ("base.npz`,", "rate1.npz` without a signal,", "rate1.npz` with two passes")
+    under = ("base.npz`,", "rate1.npz` without a signal,", "rate1.npz` when a first pass")
     for z, model in zip(logits, under):
         nll = scmdm.masked_nll(z, x0, xt == mask_id, mask_id).item()
         assert f"{nll:.2f} nats under `models/text/{model}" in page
