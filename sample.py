@@ -179,13 +179,14 @@ def conclude(domain, steps, bound, score):
     if score and domain.quality in score[best]:
         rest = " and ".join(f"{score[name][domain.quality]:.2f} for {who}" for who, name in others.items())
         words = f"With {steps} sampling steps, {domain.quality} is {score[best][domain.quality]:.2f} for SCMDM"
-        words += f" ({label(best)}), {rest} (one seed). "
+        words += f" ({label(best)}), {rest}. "
     verdicts = []
     for who, name in others.items():
         minus, half = difference(bound[best], bound[name])
         word = "below" if minus < -half else "above" if minus > half else "no different from"
         verdicts.append(f"{word} that of {who} ({minus:+.2f} ± {half:.2f} nats)")
-    words += f"The bound of SCMDM is {' and '.join(verdicts)}, with one seed."
+    words += f"The bound of SCMDM is {' and '.join(verdicts)}. "
+    words += "There is one training seed, and ± is over held-out sequences."
     print("\n" + textwrap.fill(words, 100))
 
 

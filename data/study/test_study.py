@@ -663,21 +663,69 @@ def is_part(line, whole):
     return all(cell in rest for cell in cells(line) if cell)
 
 
-def test_readme_shows_what_the_files_say(call):
-    """Each row of a table in README.md that names its command is among the rows that the command prints."""
-    printed, checked, text = {}, 0, (HERE / "README.md").read_text(encoding="utf-8")
-    for command, table in re.findall(r"<!-- python -m (.*?) -->\n\n((?:\|.*\n)+)", text):
-        module, *words = command.split()
-        if command not in printed:
-            script = importlib.import_module(module)
-            words = [TOP / word if word.endswith(".csv") else word for word in words]
-            printed[command] = [line for line in call(script, *words).splitlines() if " | " in line]
-        for line in table.splitlines():
-            if not set(line) <= set("|- "):
-                found = any(is_part(line, whole) for whole in printed[command])
-                assert found, f"{command} does not print {line}"
+def tables_of(text):
+    """Yield (commands, lines) of each table that names the commands that print it."""
+    for commands, table in re.findall(r"<!-- (python -m .*?) -->\n\n((?:\|.*\n)+)", text):
+        yield commands.split("; "), [line for line in table.splitlines() if not set(line) <= set("|- ")]
+
+
+@pytest.fixture
+def printed(call):
+    """A function that returns the lines of the tables that a command prints."""
+
+    @functools.cache
+    def printed(command):
+        module, *words = command.removeprefix("python -m ").split()
+        words = [TOP / word if word.endswith(".csv") else word for word in words]
+        return [line for line in call(importlib.import_module(module), *words).splitlines() if " | " in line]
+
+    return printed
+
+
+def test_readme_shows_what_the_files_say(printed):
+    """Each row of a table in a README that names its command is among the rows that the command prints."""
+    checked = 0
+    for readme in (HERE / "README.md", TOP / "README.md"):
+        for commands, lines in tables_of(readme.read_text(encoding="utf-8")):
+            for line in lines if len(commands) == 1 else []:
+                assert any(is_part(line, whole) for whole in printed(commands[0])), f"{commands}: {line}"
                 checked += 1
     assert checked > 200
+
+
+def numbers(text):
+    """Return {number as written: (its value, half a unit of its last digit)}; not those in `code`."""
+    found = re.findall(r"(?<![\w.,])[-+]?\d+(?:\.\d+)?(?![\w,])", re.sub(r"`.*?`|\]\(.*?\)", "", text))
+    return {word: (float(word), 0.5 * 10.0 ** -len(word.partition(".")[2])) for word in found}
+
+
+def test_readme_rounds_what_the_files_say(printed):
+    """Each number in a table that several commands print is a rounding of one that they print for that model.
+
+    So is each number in the sections about results, of any number that their commands print.
+    """
+    text, checked = (TOP / "README.md").read_text(encoding="utf-8"), 0
+    for commands, lines in tables_of(text):
+        whole = [line for command in commands for line in printed(command)]
+        for line in lines[1:] if len(commands) > 1 else []:
+            label = re.sub(r"`| \(.*", "", cells(line)[0])
+            of_model = " ".join(line for line in whole if cells(line)[0] == label)
+            checked += assert_rounded(line, of_model)
+    assert checked > 20
+    section = text.split("## Does it reproduce the paper?\n")[1].split("\n## ")[0]
+    section += text.split("## Why it works, and what helps\n")[1].split("\n## ")[0]
+    commands = {command for words in re.findall(r"<!-- (python -m .*?) -->", section) for command in words.split("; ")}
+    prose = " ".join(line for line in section.splitlines() if not line.startswith(("|", "<", "!")))
+    assert assert_rounded(prose, " ".join(line for command in commands for line in printed(command))) > 5
+
+
+def assert_rounded(text, exact):
+    """Each number in a text is a rounding of one in another, or is that as a percentage. Returns how many."""
+    values = [abs(value) for value, _ in numbers(exact).values()]
+    for word, (value, half) in numbers(text).items():
+        near = any(abs(y * scale - abs(value)) <= half * 1.001 for y in values for scale in (1, 100))
+        assert near, f"{word} of {text!r} is not printed"
+    return len(numbers(text))
 
 
 # --- 6. Evidence: repeated passes, remasking, forms, claims ------------------------------------------------
@@ -873,8 +921,9 @@ def test_verdicts():
     assert line["base"] == "0.200 ± 1.271" or line["base"] == "0.200", line
     assert line["the paper's recipe"] == "0.700 ± 2.541" and line["verdict"] == "not settled"
     assert claims.line_of("x", "", {"base": BASE}, "valid", 1)["verdict"] == "not measured yet"
-    write = claims.nats_and_percent("bound", BASE)  # 1 nat less is 63.2% less perplexity
-    assert write([OURS[0] | {"bound": 19.0}]) == "19.0000 (-63.2%)" and write(BASE) == "21.0000"
+    line = [row("base", 0, "b", bound=math.log(8))]
+    write = claims.as_perplexity("bound", line)
+    assert write(line) == "8.000" and write([line[0] | {"model": "rate1", "bound": math.log(6)}]) == "6.000 (-25.0%)"
 
 
 def test_the_two_pass_bound_of_a_folder(call, tmp_path):
