@@ -178,8 +178,8 @@ def conclude(domain, steps, bound, score):
     words = ""
     if score and domain.quality in score[best]:
         rest = " and ".join(f"{score[name][domain.quality]:.2f} for {who}" for who, name in others.items())
-        words = f"With {steps} sampling steps, {domain.quality} is {score[best][domain.quality]:.2f} for SCMDM"
-        words += f" ({label(best)}), {rest}. "
+        words = f"With {steps} sampling steps, {domain.quality} is {score[best][domain.quality]:.2f} for"
+        words += f" SCMDM ({label(best)}), {rest}. "
     verdicts = []
     for who, name in others.items():
         minus, half = difference(bound[best], bound[name])

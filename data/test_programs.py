@@ -339,9 +339,9 @@ def test_a_difference_within_its_interval_is_no_gain(capsys):
     score = {name: {"valid": 0.1} for name in bound} | {"rate1-unroll8": {"valid": 0.3}}
     sample_py.conclude(data.get("sudoku"), 36, bound, score)
     assert " ".join(capsys.readouterr().out.split()) == (
-        "With 36 sampling steps, valid is 0.30 for SCMDM (unroll=8), 0.10 for the base and 0.10 for the control"
-        ". The bound of SCMDM is below that of the base (-0.20 ± 0.00 nats) and no different from that of the"
-        " control (-0.10 ± 0.28 nats). There is one training seed, and ± is over held-out sequences."
+        "With 36 sampling steps, valid is 0.30 for SCMDM (unroll=8), 0.10 for the base and 0.10 for the"
+        " control. The bound of SCMDM is below that of the base (-0.20 ± 0.00 nats) and no different from"
+        " that of the control (-0.10 ± 0.28 nats). There is one training seed, and ± is over held-out sequences."
     )
 
 
@@ -418,7 +418,8 @@ def test_the_main_job(call, monkeypatch, tmp_path):
     table = out[out.index("model ") : out.index("In all")]
     assert max(map(len, table.splitlines())) <= 110 and "sample.py --models" in out.splitlines()[-1]
     again = call(train_py, "--out", tmp_path, "-n", 8, "--resume")
-    assert again[again.index("rate0: ") : again.index("In all")] == out[out.index("rate0: ") : out.index("In all")]
+    first, second = (words[words.index("rate0: ") : words.index("In all")] for words in (out, again))
+    assert first == second
     call(train_py, "--out", tmp_path, "--seed", 1, "--rates", 1, "--unroll", 1, "-n", 0)
     out = call(sample_py, "--models", tmp_path, "--model", "rate1-seed1", "--steps", 2)
     assert "the paper's recipe, seed 1" in out

@@ -5,9 +5,9 @@
 
 A claim *holds* if the paper's recipe is better than the base and than the control, in both cases by more than
 the interval over training seeds. It *does not hold* if it is no better than one of them. Otherwise it is *not
-settled*. The two-pass perplexity is exp of the NELBO per token, where the model gets the prediction of a first
-pass at the same masked state (the paper's zero-shot perplexity). Predictive entropy stands beside what comes from samples, because a lower one makes samples better
-for free.
+settled*. The two-pass perplexity is exp of the NELBO per token, where the model is given the prediction of a
+first pass at the same masked state (the paper's zero-shot perplexity). Predictive entropy stands beside what
+comes from samples, because a lower one makes samples better for free.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def at_equal_entropy(claim, models, metric):
 
 
 def as_perplexity(metric, base):
-    """Return a function that writes exp of a bound in nats per token, and by how much it differs from the base's."""
+    """Return a function that writes exp of a bound in nats per token, and how it differs from the base's."""
 
     def write(rows):
         change = difference(rows, base, metric)
