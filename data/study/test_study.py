@@ -31,44 +31,15 @@ import torch
 import data
 import sample as sample_py
 import train as train_py
-from data import terminal
 from data.study import bench, claims, files, forms, likelihood, metrics, passes, pictures, prompts, remask
 from data.study import results, runs, scoring, variants
-from scmdm import COSINE, LINEAR, Config, SelfConditioning, Transformer, add_self_conditioning, diffusion_loss
+from data.test_programs import call  # noqa: F401 (a fixture)
+from scmdm import COSINE, LINEAR, SelfConditioning, add_self_conditioning, diffusion_loss
 from scmdm import earlier_times, make_signal, sample, sampler_bound, save
-from test_scmdm import World, assert_fits, count
+from test_scmdm import Spy, World, assert_fits, count, rng, tiny
 
 HERE = Path(__file__).parent
 TOP = HERE.parent.parent
-
-
-def rng(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def tiny(V=5, length=6, seed=0, adapted=False, **kw):
-    """A Transformer of random weights; adapted: with a matrix W that is not zero."""
-    torch.manual_seed(seed)
-    model = Transformer(Config(V, length, dim=16, depth=1, heads=2, **kw))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(1.0 if p.ndim == 1 else 0.0, 0.3)
-    if adapted:
-        model = add_self_conditioning(model)
-        model.self_conditioning.W.data.normal_(0, 0.5)
-    return model
-
-
-class Spy:
-    """A denoiser that remembers what it was given, one entry for each step."""
-
-    def __init__(self, denoiser):
-        self.denoiser, self.xt, self.x0_prev = denoiser, [], []
-
-    def __call__(self, xt, x0_prev):
-        self.xt.append(xt.clone())
-        self.x0_prev.append(x0_prev)
-        return self.denoiser(xt, x0_prev)
 
 
 def models_of_own_data(folder, name="novel", text="a quick brown fox jumps over the lazy dog\n"):
@@ -91,24 +62,6 @@ def models_of_own_data(folder, name="novel", text="a quick brown fox jumps over 
 def add_scoring_model(folder, domain, name="scoring", seed=9):
     model = tiny(len(domain.vocab), 24, seed, causal=True)
     save(folder / f"{name}.npz", model, vocab=domain.vocab)
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """A function that runs a script of the study with a command line and returns what it printed."""
-
-    def call(script, *words, status=0):
-        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, words)])
-        code = 0
-        try:
-            terminal.run(script.main)
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        assert code == status, err
-        return err if status else out
-
-    return call
 
 
 # --- 1. Intervals ------------------------------------------------------------------------------------------
