@@ -253,25 +253,6 @@ def own(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """A function that runs a script with a command line, in this process, and expects an exit status. It
-    returns what was printed: by a success to stdout, by a failure to stderr."""
-
-    def call(script, *words, status=0):
-        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, words)])
-        code = 0
-        try:
-            terminal.run(script.main)
-        except SystemExit as stop:
-            code = stop.code
-        out, call.err = capsys.readouterr()
-        assert code == status and "Traceback" not in call.err, call.err
-        return call.err if status else out
-
-    return call
-
-
 def first_column(printed):
     """The first column of the table in what was printed, without its head."""
     lines = [line for line in printed.splitlines() if " | " in line]

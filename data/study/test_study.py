@@ -33,7 +33,6 @@ import sample as sample_py
 import train as train_py
 from data.study import bench, claims, files, forms, likelihood, metrics, passes, pictures, prompts, remask
 from data.study import results, runs, scoring, variants
-from data.test_programs import call  # noqa: F401 (a fixture)
 from scmdm import COSINE, LINEAR, SelfConditioning, add_self_conditioning, diffusion_loss
 from scmdm import earlier_times, make_signal, sample, sampler_bound, save
 from test_scmdm import Spy, World, assert_fits, count, rng, tiny
