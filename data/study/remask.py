@@ -11,7 +11,6 @@ for it, so that the share of masked tokens follows the schedule as before.
 import argparse
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from data.study import files, results
