@@ -645,6 +645,23 @@ def test_readme_shows_what_the_files_say(printed):
     assert checked > 200
 
 
+@pytest.mark.parametrize("name", ["README.md", "data/README.md", "data/PORTING.md", "data/study/README.md"])
+def test_links_lead_somewhere(name):
+    """Each relative link in a page names a file that exists, and each fragment a heading of that file."""
+
+    def fragments(page):
+        text = re.sub("```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+        titles = re.findall("^#+ (.*)", text, re.M)
+        return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+    page = TOP / name
+    links = re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8"))
+    assert links
+    for path, fragment in links:
+        target = page.parent / path if path else page
+        assert target.exists() and (not fragment or fragment in fragments(target)), (path, fragment)
+
+
 def numbers(text):
     """Return {number as written: (its value, half a unit of its last digit)}; not those in `code`."""
     found = re.findall(r"(?<![\w.,])[-+]?\d+(?:\.\d+)?(?![\w,])", re.sub(r"`.*?`|\]\(.*?\)", "", text))
