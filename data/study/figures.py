@@ -7,7 +7,7 @@ import numpy as np
 from data import BadInput
 from data.study.results import shown, words
 
-COLOURS = {"base": "black", "rate0": "tab:gray", "rate1": "tab:blue", "rate1-unroll16": "tab:orange"}
+COLOURS = {"base": "black", "rate0": "tab:gray", "rate1": "tab:blue", "rate1-unroll8": "tab:orange"}
 OTHERS = ["tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:cyan", "tab:olive"]
 
 
