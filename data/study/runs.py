@@ -75,8 +75,7 @@ RUNS = {
                       ["--steps 36 72 144"], seeds=3),
     "unroll8": Run([f"{SHORT} 7000 --rates 1 --unroll 8"], seeds=3),
     "seeds": Run([f"{SHORT} 2000 --rates 1 --unroll 16"], seeds=3),  # to compare the variants with
-    **{name: Run([f"-m data.study.variants {name} --out {{out}}"])
-       for name in (*SIGNALS, "hardened", "everywhere")},
+    **{name: Run([f"-m data.study.variants {name} --out {{out}}"]) for name in SIGNALS},
     "softened": Run(["-m data.study.variants softened --out {out} --seed {seed}",
                      "-m data.study.variants softened --out {out} --unroll 1"], seeds=3),
     "small": Run([f"{FOUR} --stage pretrain --dim 32 --depth 1", f"{FOUR} -n 0 --rates 0",

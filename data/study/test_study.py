@@ -33,7 +33,7 @@ import sample as sample_py
 import train as train_py
 from data.study import bench, claims, files, forms, likelihood, metrics, passes, pictures, prompts, remask
 from data.study import results, runs, scoring, variants
-from scmdm import COSINE, LINEAR, SelfConditioning, add_self_conditioning, diffusion_loss
+from scmdm import COSINE, LINEAR, add_self_conditioning, diffusion_loss
 from scmdm import earlier_times, make_signal, sample, sampler_bound, save
 from test_scmdm import Spy, World, assert_fits, count, rng, tiny
 
@@ -493,35 +493,30 @@ def test_variants_change_what_they_say():
     assert [(x == 5).sum(1)[0].item() for x in states] == [12, 12, 12, 9, 6]
 
 
-def test_adapters():
-    """softened sees the signal at temperature 2, hardened its most likely token. everywhere adds it to
-    visible positions too. For all of them no signal adds exactly nothing."""
+def test_softened():
+    """softened sees the signal at temperature 2. No signal adds exactly nothing."""
     embedding, xt = torch.nn.Embedding(6, 16), torch.tensor([[5, 5, 1]])
-    plain = SelfConditioning(embedding, 5)
-    plain.W.data = torch.eye(16)
     signal = torch.tensor([[[0.2, 0.8, 0, 0, 0], [0, 0, 0, 0, 0], [0.2, 0.8, 0, 0, 0]]])
-    seen = {"softened": [1 / 3, 2 / 3], "hardened": [0.0, 1.0], "everywhere": [0.2, 0.8]}
-    for name, adapter in variants.ADAPTERS.items():
-        adapter = adapter(embedding, 5)
-        adapter.W.data = torch.eye(16)
-        found = adapter(xt, signal)
-        expected = torch.tensor([*seen[name], 0, 0, 0]) @ embedding.weight[:5]
-        assert torch.allclose(found[0, 0], expected, atol=1e-6) and not found[0, 1].any()
-        assert found[0, 2].any() == (name == "everywhere") and not adapter(xt, None).any()
+    adapter = variants.Softened(embedding, 5)
+    adapter.W.data = torch.eye(16)
+    found = adapter(xt, signal)
+    expected = torch.tensor([1 / 3, 2 / 3, 0, 0, 0]) @ embedding.weight[:5]
+    assert torch.allclose(found[0, 0], expected, atol=1e-6)
+    assert not found[0, 1:].any() and not adapter(xt, None).any()
 
 
 def test_a_variant_is_trained_and_measured_as_what_it_is(call, tmp_path):
     """A trained variant gets its own adapter back when it is loaded. A finished one is not trained again, and
     other settings are refused."""
     options = ["--out", tmp_path, "--device", "cpu", "--unroll", 2, "--iters"]
-    use = functools.partial(call, variants, "hardened", *options)
+    use = functools.partial(call, variants, "softened", *options)
     use(2)
     before = (tmp_path / "rate1-unroll2.npz").read_bytes()
     use(2)
     assert (tmp_path / "rate1-unroll2.npz").read_bytes() == before and "iters" in use(3, status=2)
     _, _, models = bench.open_models(tmp_path, "cpu")
     adapter = models["rate1-unroll2"].self_conditioning
-    assert type(adapter) is variants.Hardened and adapter.W.any()
+    assert type(adapter) is variants.Softened and adapter.W.any()
     assert not (tmp_path / "rate1-unroll2.state").exists()
     scratch = ("--unroll", 1, "--rate", 0.5, "--iters", 1, "--dim", 16, "--depth", 1, "--device", "cpu")
     call(variants, "scratch", "--out", tmp_path, *scratch)

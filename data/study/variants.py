@@ -1,8 +1,8 @@
-"""Variants of SCMDM, trained on Sudoku: other ways to make the signal, and other ways to let it in.
+"""Variants of SCMDM, trained on Sudoku: other ways to make the signal, and another way to let it in.
 
     python -m data.study.variants gradient --out runs/study/gradient     train one, beside a copy of the base
 
-The first kind is a function that `diffusion_loss` takes in place of `make_signal`. The second kind is an
+The first kind is a function that `diffusion_loss` takes in place of `make_signal`. The second is an
 adapter that replaces `SelfConditioning` in the model; it has the same matrix W, so the files are alike.
 """
 
@@ -64,7 +64,7 @@ class Growing:
         return make_signal(*args, unroll=most, **options)
 
 
-# --- Other ways to let it in -------------------------------------------------------------------------------
+# --- Another way to let it in ------------------------------------------------------------------------------
 
 
 class Softened(SelfConditioning):
@@ -77,30 +77,10 @@ class Softened(SelfConditioning):
         return super().forward(xt, x0_prev)
 
 
-class Hardened(SelfConditioning):
-    """Sees only the most likely token at each position, as if it were certain."""
-
-    def forward(self, xt, x0_prev=None):
-        if x0_prev is not None:
-            top = torch.nn.functional.one_hot(x0_prev.argmax(-1), x0_prev.shape[-1])
-            x0_prev = torch.where(x0_prev.any(-1, keepdim=True), top, 0).to(x0_prev.dtype)
-        return super().forward(xt, x0_prev)
-
-
-class Everywhere(SelfConditioning):
-    """Adds the signal to visible positions too."""
-
-    def forward(self, xt, x0_prev=None):
-        return super().forward(torch.full_like(xt, self.mask_id), x0_prev)
-
-
-ADAPTERS = {"softened": Softened, "hardened": Hardened, "everywhere": Everywhere}
-
-
 def with_adapter(model, variant):
     """Put a variant's adapter into an adapted model, with the W that it has. Returns the model."""
-    if variant in ADAPTERS:
-        adapter = ADAPTERS[variant](model.embed, model.mask_id)
+    if variant == "softened":
+        adapter = Softened(model.embed, model.mask_id)
         adapter.W = model.self_conditioning.W
         model.self_conditioning = adapter
     return model
@@ -122,7 +102,7 @@ def signal_of(variant, iters):
 
 
 SIGNALS = ("spaced9", "spaced36", "spaced144", "gradient", "growing")
-VARIANTS = (*SIGNALS, *ADAPTERS, "scratch")
+VARIANTS = (*SIGNALS, "softened", "scratch")
 
 
 def main():
