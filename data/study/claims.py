@@ -4,10 +4,11 @@
     python -m data.study.claims --measure data/models/text  measure the two-pass bound and the cost of a call
 
 A claim *holds* if the paper's recipe is better than the base and than the control, in both cases by more than
-the interval over training seeds. It *does not hold* if it is no better than one of them. Otherwise it is *not
-settled*. The two-pass perplexity is exp of the NELBO per token, where the model is given the prediction of a
-first pass at the same masked state (the paper's zero-shot perplexity). Predictive entropy stands beside what
-comes from samples, because a lower one makes samples better for free.
+the interval over training seeds, and a share also by more than the number of samples explains. It *does not
+hold* if it is no better than one of them. Otherwise it is *not settled*. The two-pass perplexity is exp of
+the NELBO per token, where the model is given the prediction of a first pass at the same masked state (the
+paper's zero-shot perplexity). Predictive entropy stands beside what comes from samples, because a lower one
+makes samples better for free.
 """
 
 import argparse
@@ -65,7 +66,17 @@ def line_of(claim, paper, models, metric, better, against=("base", "rate0"), wri
     if not all(models.get(model) for model in (*against, "rate1")):
         return line | {"verdict": "not measured yet"}
     changes = [difference(models["rate1"], models[other], metric) for other in against]
+    if metric == "valid":
+        errors = [sampling_error(models["rate1"], models[other], metric) for other in against]
+        changes = [change if change.half is None else change._replace(half=max(change.half, error))
+                   for change, error in zip(changes, errors)]  # fmt: skip
     return line | {"verdict": verdict(changes, better)}
+
+
+def sampling_error(rows, others, share):
+    """Return the 95% half width that a difference of two shares has if only the samples were drawn anew."""
+    means = [(over_seeds(group, share).mean, sum(row["n"] for row in group)) for group in (rows, others)]
+    return 1.96 * math.sqrt(sum(p * (1 - p) / n for p, n in means))
 
 
 def at_equal_entropy(claim, models, metric):
