@@ -890,8 +890,8 @@ def test_verdicts():
     assert line["base"] == "0.200 ± 1.271" or line["base"] == "0.200", line
     assert line["the paper's recipe"] == "0.700 ± 2.541" and line["verdict"] == "not settled"
     assert claims.line_of("x", "", {"base": BASE}, "valid", 1)["verdict"] == "not measured yet"
-    alike = {"rate0": [row("rate0", i, "c", valid=0.50 + i / 10) for i in range(3)],
-             "rate1": [row("rate1", i, "r", valid=0.51 + i / 10) for i in range(3)]}  # fmt: skip
+    alike = {"rate0": [row("rate0", i, f"c{i}", valid=0.50 + i / 10) for i in range(3)],
+             "rate1": [row("rate1", i, f"r{i}", valid=0.51 + i / 10) for i in range(3)]}  # fmt: skip
     expected = 1.96 * math.sqrt((0.6 * 0.4 + 0.61 * 0.39) / 24)
     assert claims.sampling_error(*alike.values(), "valid") == pytest.approx(expected)
     judge = functools.partial(claims.line_of, "valid", "", alike, against=("rate0",))
