@@ -658,7 +658,7 @@ def test_links_lead_somewhere(name):
 
 
 def numbers(text):
-    """Return the numbers of a text, each as (its value, half a unit of its last digit); not those in `code`."""
+    """Return the numbers of a text, each as (its value, half a unit of its last digit); without `code`."""
     text = re.sub(r"`.*?`|\]\(.*?\)", "", text)
     found = re.findall(r"(?<![\w.,])[-+]?\d+(?:\.\d+)?(?!\w|,\d)", text)
     return [(float(word), 0.5 * 10.0 ** -len(word.partition(".")[2])) for word in found]
