@@ -21,6 +21,7 @@ from torch import nn
 import data
 from data.study import files, results
 from data.study.bench import Bench, evaluate
+from data.study.metrics import difference
 from data.study.runs import summary
 from data.terminal import number, print_table, run
 from sample import SHIPPED, read_model
@@ -145,6 +146,22 @@ def measure_form(form, folder=FOLDER, n=256, steps=(36, 144)):
     return [{"run": form} | row for row in own]
 
 
+def against_present(rows):
+    """Return the table of each form's paired differences from the present form."""
+    found, table = {}, []  # found: {(form, steps): rows}
+    for row in rows:
+        if row["model"] != "base":
+            found.setdefault((row["run"], row["steps"]), []).append(row)
+    for (form, steps), group in found.items():
+        if form != "present":
+            line = {"form": form, "minus": "present", "steps": f"{steps:g}"}
+            for column in ("bound", "valid", "completed"):
+                change = difference(group, found["present", steps], column)
+                line |= {"seeds": change.seeds, column: f"{change.text('+')}, {change.verdict()}"}
+            table.append(line)
+    return table
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=number(int, 1), default=3, help="trainings of each form (default: 3)")
@@ -162,6 +179,8 @@ def main():
             form = line.pop("run")
             table.append({"form": "base" if line.pop("model") == "base" else form} | line)
     print_table(table)
+    print()
+    print_table(against_present(files.read(TABLE)))
 
 
 if __name__ == "__main__":

@@ -876,6 +876,15 @@ def test_a_form_is_trained_read_and_measured(tmp_path):
     assert ours[0]["bound"] == pytest.approx(sampler_bound(model, held, 6, 2, generator=rng(1)).mean().item())
 
 
+def test_forms_are_compared_with_the_present_one():
+    """Forms are paired by training seed, at the same number of steps."""
+    worse = [own | {"run": "soft mask", "valid": own["valid"] - 0.1, "bound": own["bound"] + 2} for own in OURS]
+    rows = [row | {"completed": 0.5} for row in [own | {"run": "present"} for own in OURS] + worse + BASE]
+    (line,) = forms.against_present(rows)
+    assert (line["form"], line["steps"], line["seeds"]) == ("soft mask", "36", 2)
+    assert line["valid"] == "-0.100 ± 0.000, lower" and line["bound"] == "+2.000 ± 0.000, higher"
+
+
 def test_verdicts():
     """A claim holds if it is clear of both intervals, and does not hold if one difference has the wrong
     sign. In between, and with one seed, it is not settled."""
